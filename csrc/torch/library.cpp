@@ -1,0 +1,20 @@
+// Every schema of the namespace. What each argument means: cce_ext/ops.py.
+#include <torch/csrc/stable/library.h>
+
+STABLE_TORCH_LIBRARY(cce, m) {
+  m.def(
+      "linear_ce(Tensor e, Tensor c, Tensor targets, Tensor? bias=None, Tensor? u=None, "
+      "Tensor? lora_b=None, *, int ignore_index=-100, float softcap=0.0, float logit_scale=1.0, "
+      "float label_smoothing=0.0) -> (Tensor nll, Tensor lse)");
+  m.def(
+      "linear_ce_forward(Tensor e, Tensor c, Tensor targets, Tensor? bias, Tensor? u, "
+      "Tensor? lora_b, int ignore_index, float softcap, float logit_scale, float label_smoothing, "
+      "int vocab_start, int vocab_total, bool metrics) -> (Tensor nll, Tensor lse, "
+      "Tensor target_logit, Tensor logit_sum, Tensor max_logit, Tensor argmax, Tensor entropy)");
+  m.def(
+      "linear_ce_backward(Tensor? dnll, Tensor? dlse, Tensor e, Tensor c, Tensor targets, "
+      "Tensor lse, Tensor? bias, Tensor? u, Tensor? lora_b, int ignore_index, float softcap, "
+      "float logit_scale, float label_smoothing, int vocab_start, int vocab_total, bool need_e, "
+      "bool need_c, bool need_bias, bool need_u, bool need_lora_b) -> (Tensor de, Tensor dc, "
+      "Tensor dbias, Tensor du, Tensor dlora_b)");
+}
