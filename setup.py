@@ -64,7 +64,6 @@ class CMakeBuild(build_ext):
             "CMAKE_MAKE_PROGRAM": find_tool("ninja"),
             "CMAKE_BUILD_TYPE": os.environ.get("CMAKE_BUILD_TYPE", "Release"),
             "Python_EXECUTABLE": sys.executable,
-            "CCE_VERSION": self.distribution.get_version(),
             "CCE_WITH_CUDA": os.environ.get("CCE_WITH_CUDA", "auto"),
             "CCE_SANITIZE": os.environ.get("CCE_SANITIZE", ""),
         }

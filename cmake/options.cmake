@@ -1,8 +1,9 @@
-# Include path, warnings and sanitizers for everything written here. -fopenmp-simd honours `#pragma omp simd` and needs no
-# OpenMP runtime: threads come from PyTorch.
+# Include path, warnings and sanitizers for everything written here. -fopenmp-simd honours `#pragma omp simd` and needs
+# no OpenMP runtime: threads come from PyTorch.
 add_library(cce_options INTERFACE)
 target_include_directories(cce_options INTERFACE "${CMAKE_CURRENT_SOURCE_DIR}/csrc")
-target_compile_options(cce_options INTERFACE "$<$<COMPILE_LANGUAGE:CXX>:-Wall;-Wextra;-fopenmp-simd>")
+target_compile_options(cce_options INTERFACE
+                       "$<$<COMPILE_LANGUAGE:CXX>:-Wall;-Wextra;-fopenmp-simd>")
 
 if(CCE_SANITIZE STREQUAL "asan")
   set(CCE_SANITIZE_FLAGS -fsanitize=address -fno-omit-frame-pointer)
@@ -12,6 +13,8 @@ elseif(CCE_SANITIZE)
   message(FATAL_ERROR "CCE_SANITIZE must be empty, asan or ubsan, got '${CCE_SANITIZE}'")
 endif()
 if(CCE_SANITIZE)
+  # Function clones are chosen by resolvers that run before a sanitizer's runtime is up.
+  target_compile_definitions(cce_options INTERFACE CCE_NO_CLONES)
   target_compile_options(cce_options INTERFACE "$<$<COMPILE_LANGUAGE:CXX>:${CCE_SANITIZE_FLAGS}>")
   target_link_options(cce_options INTERFACE ${CCE_SANITIZE_FLAGS})
 endif()
