@@ -34,7 +34,7 @@ if(CCE_CUDA_ENABLED)
     list(APPEND ARCHS 90a-real)
   endif()
 endif()
-list(TRANSFORM ARCHS REPLACE "^(.*)$" "\"\\1\"")
+list(TRANSFORM ARCHS REPLACE "(.+)" "\"\\1\"")
 list(JOIN ARCHS ", " ARCHS)
 
 cce_json_text(CUDA_JSON "${CUDA_VERSION}")
