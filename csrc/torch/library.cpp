@@ -17,4 +17,16 @@ STABLE_TORCH_LIBRARY(cce, m) {
       "float logit_scale, float label_smoothing, int vocab_start, int vocab_total, bool need_e, "
       "bool need_c, bool need_bias, bool need_u, bool need_lora_b) -> (Tensor de, Tensor dc, "
       "Tensor dbias, Tensor du, Tensor dlora_b)");
+  // Pieces of the CUDA backward. row_order: row numbers, those that count first, and how many count. row_gradients: one
+  // 32-byte record a row, in that order. dlogits_: writes dloss/dproduct of one chunk of the vocabulary, whose first
+  // shard-local id is first_col; rows that do not count become zeros.
+  m.def("row_order(Tensor targets, int ignore_index) -> (Tensor rows, Tensor count)");
+  m.def(
+      "row_gradients(Tensor? dnll, Tensor? dlse, Tensor lse, Tensor targets, Tensor row_order, "
+      "Tensor row_count, float label_smoothing, int ignore_index, int shard_size, int vocab_start, "
+      "int vocab_total) -> Tensor");
+  m.def(
+      "dlogits_(Tensor(a!) out, Tensor e, Tensor c, Tensor? bias, Tensor? u, Tensor? lora_b, "
+      "Tensor row_order, Tensor row_count, Tensor row_gradients, int first_col, float softcap, "
+      "float logit_scale, float label_smoothing) -> ()");
 }

@@ -1,0 +1,178 @@
+"""The exact backward on CUDA: logit gradients chunk by chunk, then ordinary matmuls.
+
+Method: for a stretch of the vocabulary, ``cce::dlogits_`` recomputes the logits with the forward's own mainloop and writes
+their gradient G as a 16-bit chunk of bounded size; then dC = Gᵀ E and dE += G C (likewise dB, dU, dbias), accumulated in
+fp32 over the chunks. Nothing waits for the device.
+"""
+
+from __future__ import annotations
+
+import os
+
+import torch
+from torch import Tensor
+
+# Tile of the kernels: a chunk is a whole number of column tiles.
+_TILE_ROWS, _TILE_COLUMNS = 128, 256
+# Bytes of one chunk of logit gradients; CCE_BACKWARD_CHUNK_MB overrides it.
+DEFAULT_CHUNK_MB = 136
+
+
+def chunk_bytes() -> int:
+    """Bytes that one chunk of logit gradients may take."""
+    return int(float(os.environ.get("CCE_BACKWARD_CHUNK_MB", DEFAULT_CHUNK_MB)) * 2**20)
+
+
+def readable(t: Tensor, dtype: torch.dtype) -> Tensor:
+    """``t`` (rows, cols) as the kernels read it: 16-bit, rows at multiples of 16 bytes; a copy only where needed."""
+    aligned = t.stride(1) == 1 and t.stride(0) % 8 == 0 and t.data_ptr() % 16 == 0
+    if t.dtype == dtype and aligned:
+        return t
+    rows, cols = t.shape
+    padded = t.new_zeros(rows, -(-cols // 8) * 8, dtype=dtype)
+    padded[:, :cols].copy_(t)
+    return padded[:, :cols]
+
+
+def _chunk_columns(n: int, device: torch.device) -> int:
+    """Columns of a chunk: as many as the budget takes, less a few where that fills the last wave of tiles better."""
+    budget = max(1, chunk_bytes() // (2 * n * _TILE_COLUMNS))
+    row_blocks = -(-n // _TILE_ROWS)
+    blocks = torch.cuda.get_device_properties(device).multi_processor_count
+
+    def fullness(tiles: int) -> float:
+        waves = -(-row_blocks * tiles // blocks)
+        return row_blocks * tiles / (waves * blocks)
+
+    return max(range(budget - budget // 4, budget + 1), key=lambda t: (round(fullness(t), 3), t)) * _TILE_COLUMNS
+
+
+def _row_vector(t: Tensor | None) -> Tensor | None:
+    return None if t is None else t.float().contiguous()
+
+
+class _RowSum:
+    """dE or dU: (N, width), summed in fp32 over the chunks."""
+
+    def __init__(self, like: Tensor, width: int) -> None:
+        self.total = torch.empty(like.shape[0], width, device=like.device, dtype=torch.float32)
+        self.first = True
+
+    def add(self, g: Tensor, weight: Tensor) -> None:
+        if self.first:
+            torch.mm(g, weight, out_dtype=torch.float32, out=self.total)
+        else:
+            torch.addmm(self.total, g, weight, out_dtype=torch.float32, out=self.total)
+        self.first = False
+
+
+def exact_backward(
+    dnll: Tensor | None,
+    dlse: Tensor | None,
+    e: Tensor,
+    c: Tensor,
+    targets: Tensor,
+    lse: Tensor,
+    bias: Tensor | None,
+    u: Tensor | None,
+    lora_b: Tensor | None,
+    ignore_index: int,
+    softcap: float,
+    logit_scale: float,
+    label_smoothing: float,
+    vocab_start: int,
+    vocab_total: int,
+    need_e: bool,
+    need_c: bool,
+    need_bias: bool,
+    need_u: bool,
+    need_lora_b: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The CUDA kernel of ``cce::linear_ce_backward``; arguments and results as its schema says.
+
+    Shapes: e (N, D), c (V, D), u (N, R), lora_b (V, R), bias (V,), the others (N,). Workspace: one chunk of (N, columns)
+    16-bit numbers (136 MB unless ``CCE_BACKWARD_CHUNK_MB`` says otherwise) and fp32 dE (N, D), dU (N, R).
+    """
+    n, v = e.shape[0], c.shape[0]
+    no_grad = [t.dtype if t is not None else torch.float32 for t in (e, c, bias, u, lora_b)]
+    if n == 0 or v == 0:
+        wanted = (need_e, need_c, need_bias, need_u, need_lora_b)
+        tensors = (e, c, bias, u, lora_b)
+        return tuple(
+            torch.zeros_like(t) if w and t is not None else e.new_empty(0, dtype=d)
+            for w, t, d in zip(wanted, tensors, no_grad, strict=True)
+        )
+    vocab_total = vocab_total or vocab_start + v
+    targets = targets.long().contiguous()
+    order, count = torch.ops.cce.row_order(targets, ignore_index)
+    e_ready = readable(e, e.dtype)
+    u_ready = None if u is None else readable(u, e.dtype)
+    bias32 = _row_vector(bias)
+    records = torch.ops.cce.row_gradients(
+        _row_vector(dnll),
+        _row_vector(dlse),
+        lse.contiguous(),
+        targets,
+        order,
+        count,
+        label_smoothing,
+        ignore_index,
+        v,
+        vocab_start,
+        vocab_total,
+    )
+
+    de = _RowSum(e, e.shape[1]) if need_e else None
+    du = _RowSum(e, u.shape[1]) if need_u and u is not None else None
+    dc = torch.empty(c.shape, device=c.device, dtype=c.dtype) if need_c else None
+    db = torch.empty(lora_b.shape, device=c.device, dtype=lora_b.dtype) if need_lora_b and lora_b is not None else None
+    dbias = torch.empty_like(bias) if need_bias and bias is not None else None
+
+    buffer: Tensor | None = None
+    step = _chunk_columns(n, e.device)
+    for first in range(0, v, step):
+        last = min(first + step, v)
+        columns = last - first
+        if buffer is None:
+            buffer = torch.empty(n, -(-columns // 8) * 8, device=e.device, dtype=e.dtype)
+        g = buffer[:, :columns]
+        c_chunk = readable(c[first:last], e.dtype)
+        b_chunk = None if lora_b is None else readable(lora_b[first:last], e.dtype)
+        torch.ops.cce.dlogits_(
+            g,
+            e_ready,
+            c_chunk,
+            None if bias32 is None else bias32[first:last],
+            u_ready,
+            b_chunk,
+            order,
+            count,
+            records,
+            first,
+            softcap,
+            logit_scale,
+            label_smoothing,
+        )
+        if de is not None:
+            de.add(g, c_chunk)
+        if du is not None:
+            du.add(g, b_chunk)
+        if dc is not None:
+            torch.mm(g.t(), e_ready, out=dc[first:last])
+        if db is not None:
+            if db.dtype == g.dtype:
+                torch.mm(g.t(), u_ready, out=db[first:last])
+            else:
+                db[first:last].copy_(torch.mm(g.t(), u_ready, out_dtype=torch.float32))
+        if dbias is not None:
+            dbias[first:last].copy_(g.sum(0, dtype=torch.float32))
+    results = (
+        None if de is None else de.total.to(e.dtype),
+        dc,
+        dbias,
+        None if du is None else du.total.to(u.dtype),
+        db,
+    )
+    return tuple(
+        r if r is not None else e.new_empty(0, dtype=d) for r, d in zip(results, no_grad, strict=True)
+    )

@@ -1,0 +1,29 @@
+// The table of GPU backends: one entry an architecture, newest first. dispatch.cpp owns it.
+#pragma once
+
+#include <string>
+#include <vector>
+
+#include "cuda/params.h"
+
+namespace cce::cuda {
+
+struct Backend {
+  const char* name;
+  int block_m, block_n;                 // tile of the forward: the partials' layout follows from it
+  std::string (*unsupported)();         // why it cannot run on the current device, or empty
+  cudaError_t (*forward)(const ForwardParams&, cudaStream_t);
+  cudaError_t (*backward)(const BackwardParams&, cudaStream_t);
+};
+
+struct Choice {
+  const Backend* backend = nullptr;  // null: none can run
+  std::string reasons;               // why the others were passed over, one a line
+};
+
+const std::vector<Backend>& backends();
+
+// The newest backend that can run on the current device, or the one that CCE_BACKEND names.
+Choice choose_backend();
+
+}  // namespace cce::cuda

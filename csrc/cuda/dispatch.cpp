@@ -1,0 +1,35 @@
+#include <cstdlib>
+#include <cstring>
+
+#include "cuda/backend.h"
+#include "cuda/sm80/backend.h"
+
+namespace cce::cuda {
+
+const std::vector<Backend>& backends() {
+  static const std::vector<Backend> table = {
+      {"sm80", sm80::kBlockM, sm80::kBlockN, sm80::unsupported, sm80::forward, sm80::backward},
+  };
+  return table;
+}
+
+Choice choose_backend() {
+  const char* forced = std::getenv("CCE_BACKEND");
+  Choice choice;
+  for (const Backend& backend : backends()) {
+    std::string reason;
+    if (forced && *forced && std::strcmp(forced, backend.name) != 0) {
+      reason = std::string(backend.name) + ": CCE_BACKEND asks for " + forced;
+    } else {
+      reason = backend.unsupported();
+    }
+    if (reason.empty()) {
+      choice.backend = &backend;
+      return choice;
+    }
+    choice.reasons += (choice.reasons.empty() ? "" : "\n") + reason;
+  }
+  return choice;
+}
+
+}  // namespace cce::cuda

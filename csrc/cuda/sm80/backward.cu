@@ -1,0 +1,32 @@
+#include "cuda/sm80/backend.h"
+#include "cuda/sm80/backward.cuh"
+#include "cuda/sm80/launch.cuh"
+
+namespace cce::cuda::sm80 {
+namespace {
+
+template <typename T, typename Config, bool kGeneral>
+cudaError_t run(const BackwardParams& p, cudaStream_t stream) {
+  // One column tile a unit: the finest grain, so that the last wave of a chunk is as full as it can be.
+  const Work work = make_work(p.head, p.n, 1, Config::kBlockM, Config::kBlockN);
+  return launch<Config>(backward_mainloop<T, Config, kGeneral>, backward_shared_bytes<Config>(), work, stream,
+                        LogitParams(p.head.options, p.head.bias, p.head.c.rows), p.rows,
+                        static_cast<int>(p.head.first_col), static_cast<T*>(p.dlogits), p.ld_dlogits);
+}
+
+template <typename T>
+cudaError_t choose(const BackwardParams& p, cudaStream_t stream) {
+  if (current_device().shared_bytes < backward_shared_bytes<Large>()) return run<T, Small, true>(p, stream);
+  const bool plain = LogitParams(p.head.options, p.head.bias, p.head.c.rows).plain() &&
+                     p.head.options.label_smoothing == 0.0;
+  return plain ? run<T, Large, false>(p, stream) : run<T, Large, true>(p, stream);
+}
+
+}  // namespace
+
+cudaError_t backward(const BackwardParams& params, cudaStream_t stream) {
+  return params.head.dtype == Dtype::kBFloat16 ? choose<__nv_bfloat16>(params, stream)
+                                               : choose<__half>(params, stream);
+}
+
+}  // namespace cce::cuda::sm80

@@ -1,0 +1,124 @@
+// The sm_80 exact backward's recompute: the forward's long-K product again, its epilogue writing G = dloss/dproduct of one
+// stretch of the vocabulary, 16 bit, row-major, rows at their original places. Ordinary matmuls turn G into gradients.
+//
+// Tile, stages, warps and barriers: sm80/mainloop.cuh. Shared memory: the pipeline, then two sets of the rows' gradient
+// records (128 x 32 bytes): while a unit works with one, the next unit's records are copied into the other, as part of
+// the mainloop's first group of copies. A barrier at the start of each unit says that the last unit's set is free.
+// Ignored rows are not multiplied; their rows of G are cleared.
+#pragma once
+
+#include "cuda/common/epilogue.cuh"
+#include "cuda/sm80/config.h"
+#include "cuda/sm80/mainloop.cuh"
+
+namespace cce::cuda::sm80 {
+
+template <typename Config>
+constexpr int backward_shared_bytes() {
+  return Config::kPipelineBytes + 2 * Config::kBlockM * sizeof(RowGradient);
+}
+
+template <typename T>
+__device__ __forceinline__ uint32_t pack(float low, float high);
+template <>
+__device__ __forceinline__ uint32_t pack<__nv_bfloat16>(float low, float high) {
+  const __nv_bfloat162 x = __floats2bfloat162_rn(low, high);
+  return *reinterpret_cast<const uint32_t*>(&x);
+}
+template <>
+__device__ __forceinline__ uint32_t pack<__half>(float low, float high) {
+  const __half2 x = __floats2half2_rn(low, high);
+  return *reinterpret_cast<const uint32_t*>(&x);
+}
+
+// Writes this thread's columns of one row half: eight consecutive columns (SpreadColumns) in one store.
+template <typename T, int kElements>
+__device__ __forceinline__ void store_row(const float (&acc)[kElements], int h, T* row, int first_col, int64_t ld) {
+#pragma unroll
+  for (int j = 0; j < kElements / 4; j += 4) {
+    uint32_t r[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) r[i] = pack<T>(acc[4 * (j + i) + 2 * h], acc[4 * (j + i) + 2 * h + 1]);
+    const int col = first_col + SpreadColumns::at(j);
+    if (col < ld) *reinterpret_cast<uint4*>(row + col) = make_uint4(r[0], r[1], r[2], r[3]);
+  }
+}
+
+// Rows that do not count: zeros, so that the matmuls over G can take all rows.
+template <typename T>
+__device__ __forceinline__ void clear_ignored_rows(const Work& work, int count, T* dlogits, int64_t ld) {
+  const int64_t pieces = ld / 8;
+  for (int position = count + blockIdx.x; position < work.n; position += gridDim.x) {
+    uint4* row = reinterpret_cast<uint4*>(dlogits + work.row_order[position] * ld);
+    for (int64_t i = threadIdx.x; i < pieces; i += blockDim.x) row[i] = make_uint4(0, 0, 0, 0);
+  }
+}
+
+// Starts copying the records of a row block; threads of the first 256 take 16 bytes each.
+template <typename Config>
+__device__ __forceinline__ void copy_records(RowGradient* to, const RowGradient* from, int row_block, int n) {
+  static_assert(Config::kThreads * 16 == Config::kBlockM * sizeof(RowGradient));
+  const int position = row_block * Config::kBlockM + threadIdx.x / 2;
+  const char* source = reinterpret_cast<const char*>(from + min(position, n - 1)) + threadIdx.x % 2 * 16;
+  ptx::cp_async_16(ptx::shared_address(to) + threadIdx.x * 16, source, false);
+}
+
+// kGeneral: bias, softcap, label smoothing or a negative scale.
+template <typename T, typename Config, bool kGeneral>
+__global__ void __launch_bounds__(Config::kThreads, 1)
+    backward_mainloop(const __grid_constant__ Work work, const LogitParams logits, const RowGradient* records,
+                      int first_col, T* dlogits, int64_t ld) {
+  extern __shared__ __align__(128) uint8_t shared[];
+  auto* sets = reinterpret_cast<RowGradient*>(shared + Config::kPipelineBytes);
+  const int count = __ldg(work.row_count);
+  const int row_blocks = (count + Config::kBlockM - 1) / Config::kBlockM;
+  clear_ignored_rows(work, count, dlogits, ld);
+  Cursor<Config> at(work, row_blocks);
+  if (at.done()) return;
+  copy_records<Config>(sets, records, at.row_block, work.n);
+  Mainloop<T, Config> mainloop(work, shared, row_blocks);
+
+  using Columns = typename Mainloop<T, Config>::Columns;
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const int warp_row = warp % Config::kWarpsM * Config::kWarpM + lane / 4;
+  const int warp_col = warp / Config::kWarpsM * Config::kWarpN + Columns::first();
+  const float scale = logits.logit_scale * kLog2E;
+  int set = 0;
+  bool fresh = true;  // the first tile of a unit
+  typename Mainloop<T, Config>::Accumulators acc;
+  while (!at.done()) {
+    if (fresh) {
+      __syncthreads();
+      const int next = at.unit + at.step;
+      if (next < at.order.units()) {
+        copy_records<Config>(sets + (set ^ 1) * Config::kBlockM, records, at.order.at(next).row_block, work.n);
+      }
+    }
+    mainloop.multiply(acc);
+    mainloop.settle();
+    const int first = at.tile * Config::kBlockN + warp_col;
+#pragma unroll
+    for (int m = 0; m < Config::kMmaM; ++m) {
+      if constexpr (kGeneral) make_logits<Columns>(acc[m], logits, first, -INFINITY);
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        const int r = warp_row + 16 * m + 8 * h;
+        const RowGradient row = sets[set * Config::kBlockM + r];
+        const int target = row.target < 0 ? -1 : row.target - first_col;
+        if constexpr (kGeneral) {
+          logits_to_gradients<Columns>(acc[m], h, row, target, logits, first);
+        } else {
+          products_to_gradients<Columns>(acc[m], h, row.a * logits.logit_scale, row.target_weight * logits.logit_scale,
+                                         row.lse2, scale, target, first);
+        }
+        const bool exists = at.row_block * Config::kBlockM + r < count;
+        if (exists) store_row<T>(acc[m], h, dlogits + row.row * ld, first, ld);
+      }
+    }
+    fresh = at.next_tile(work);
+    if (fresh) set ^= 1;
+  }
+  ptx::cp_async_wait<0>();
+}
+
+}  // namespace cce::cuda::sm80

@@ -1,0 +1,24 @@
+// Tile shapes of the sm_80 kernels, as data.
+#pragma once
+
+namespace cce::cuda::sm80 {
+
+// 128 x 256 tiles, eight warps of 64 x 64 in a 2 x 4 grid, one block a multiprocessor.
+template <int BlockK, int Stages>
+struct Config {
+  static constexpr int kBlockM = 128, kBlockN = 256, kBlockK = BlockK, kStages = Stages;
+  static constexpr int kWarpsM = 2, kWarpsN = 4, kWarps = kWarpsM * kWarpsN, kThreads = 32 * kWarps;
+  static constexpr int kWarpM = kBlockM / kWarpsM, kWarpN = kBlockN / kWarpsN;
+  static constexpr int kMmaM = kWarpM / 16;           // m16 tiles of a warp
+  static constexpr int kAccumulators = kWarpN / 8 * 4;  // numbers a thread holds of one m16 tile
+  static constexpr int kBytesA = kBlockM * kBlockK * 2, kBytesB = kBlockN * kBlockK * 2;
+  static constexpr int kStageBytes = kBytesA + kBytesB;
+  static constexpr int kPipelineBytes = kStages * kStageBytes;
+};
+
+// A100, H100 and newer data-centre chips (160 KB of shared memory and more): 144 KB in three stages.
+using Large = Config<64, 3>;
+// GA10x, AD10x and consumer Blackwell (99 KB): 72 KB in three stages.
+using Small = Config<32, 3>;
+
+}  // namespace cce::cuda::sm80

@@ -1,0 +1,41 @@
+// From plain parameters to the kernels' view of the work, and the launch itself; forward and backward share it.
+#pragma once
+
+#include <algorithm>
+
+#include "cuda/device_info.h"
+#include "cuda/sm80/config.h"
+#include "cuda/sm80/mainloop.cuh"
+
+namespace cce::cuda::sm80 {
+
+inline Work make_work(const Head& head, int64_t n, int tiles_per_split, int block_m, int block_n) {
+  Work w;
+  w.e = head.e;
+  w.c = head.c;
+  w.u = head.u;
+  w.lora_b = head.lora_b;
+  w.row_order = head.order.rows;
+  w.row_count = head.order.count;
+  w.n = static_cast<int>(n);
+  w.column_tiles = static_cast<int>((head.c.rows + block_n - 1) / block_n);
+  w.tiles_per_split = tiles_per_split;
+  w.splits = (w.column_tiles + tiles_per_split - 1) / tiles_per_split;
+  w.superblock = superblock_rows(head.e.cols + head.u.cols, block_m);
+  return w;
+}
+
+// One persistent block on each multiprocessor that can have work.
+template <typename Config, typename Kernel, typename... Args>
+cudaError_t launch(Kernel kernel, int shared_bytes, const Work& work, cudaStream_t stream, Args... args) {
+  const int64_t row_blocks = (work.n + Config::kBlockM - 1) / Config::kBlockM;
+  const int64_t units = std::max<int64_t>(1, row_blocks * work.splits);
+  const int blocks = static_cast<int>(std::min<int64_t>(units, current_device().multiprocessors));
+  cudaError_t error =
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
+  if (error != cudaSuccess) return error;
+  kernel<<<blocks, Config::kThreads, shared_bytes, stream>>>(work, args...);
+  return cudaGetLastError();
+}
+
+}  // namespace cce::cuda::sm80
