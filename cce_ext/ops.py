@@ -1,0 +1,158 @@
+"""The custom ops as PyTorch sees them: autograd, autocast and shapes for every implementation.
+
+An implementation is a pair of ops ``<name>_forward`` and ``<name>_backward`` with one pair of signatures
+(csrc/torch/library.cpp); :func:`register_pair` gives each the same autograd formula, autocast rule and fake kernels.
+``torch.ops.cce.linear_ce`` is the public op: a composite over the compiled pair.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.amp.autocast_mode import _cast
+
+from cce_ext import _load
+from cce_ext.cuda_backward import exact_backward
+
+# Inputs of a forward op, in order.
+_INPUTS = ("e", "c", "targets", "bias", "u", "lora_b")
+_NO_DOUBLE_BACKWARD = (
+    "double backward is not supported by linear_cross_entropy: its gradients are not differentiable again. "
+    'Use impl="reference", which is plain PyTorch, for second derivatives.'
+)
+
+_library = torch.library.Library("cce", "FRAGMENT")
+
+
+def accumulate_dtype(e: Tensor) -> torch.dtype:
+    """dtype of row statistics and sums: float64 for float64 inputs, else float32."""
+    return torch.float64 if e.dtype == torch.float64 else torch.float32
+
+
+def _fake_forward(e, c, targets, bias, u, lora_b, ignore_index, softcap, logit_scale, label_smoothing, *rest):
+    metrics = rest[-1]
+    n = targets.shape[0]
+    acc = accumulate_dtype(e)
+
+    def row(wanted: bool, dtype: torch.dtype = acc) -> Tensor:
+        return e.new_empty(n if wanted else 0, dtype=dtype)
+
+    return (
+        row(True),
+        row(True),
+        row(True),
+        row(label_smoothing > 0),
+        row(metrics),
+        row(metrics, torch.int64),
+        row(metrics),
+    )
+
+
+def _fake_backward(dnll, dlse, e, c, targets, lse, bias, u, lora_b, *rest):
+    def like(t: Tensor | None, wanted: bool) -> Tensor:
+        if t is None:
+            return e.new_empty(0, dtype=torch.float32)
+        return t.new_empty(t.shape if wanted else (0,))
+
+    return tuple(like(t, w) for t, w in zip((e, c, bias, u, lora_b), rest[-5:], strict=True))
+
+
+def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
+    e, c, targets, bias, u, lora_b, *options, _ = inputs
+    nll, lse, *others = output
+    ctx.save_for_backward(e, c, targets, bias, u, lora_b, lse)
+    ctx.options = options
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(*others)
+
+
+def _make_backward(op: Any) -> Any:
+    def backward(ctx: Any, dnll: Tensor | None, dlse: Tensor | None, *_: Tensor | None) -> tuple:
+        needs = ctx.needs_input_grad
+        wanted = [needs[_INPUTS.index(name)] for name in ("e", "c", "bias", "u", "lora_b")]
+        if dnll is None and dlse is None:
+            return (None,) * len(needs)
+        e, c, targets, bias, u, lora_b, lse = ctx.saved_tensors
+        grads = op(dnll, dlse, e, c, targets, lse, bias, u, lora_b, *ctx.options, *wanted)
+        de, dc, dbias, du, db = (g if w else None for g, w in zip(grads, wanted, strict=True))
+        return (de, dc, None, dbias, du, db, *(None,) * (len(needs) - len(_INPUTS)))
+
+    return backward
+
+
+def _refuse_double_backward(ctx: Any, *_: Tensor | None) -> tuple:
+    raise RuntimeError(_NO_DOUBLE_BACKWARD)
+
+
+def register_pair(name: str) -> None:
+    """Registers autograd, autocast and fake kernels for ``cce::<name>_forward`` and ``cce::<name>_backward``."""
+    forward, backward = f"cce::{name}_forward", f"cce::{name}_backward"
+    backward_op = getattr(torch.ops.cce, f"{name}_backward").default
+    torch.library.register_fake(forward, _fake_forward, lib=_library)
+    torch.library.register_fake(backward, _fake_backward, lib=_library)
+    torch.library.register_autograd(forward, _make_backward(backward_op), setup_context=_setup_context, lib=_library)
+    torch.library.register_autograd(
+        backward, _refuse_double_backward, setup_context=lambda ctx, inputs, output: None, lib=_library
+    )
+    for device, key in (("cpu", "AutocastCPU"), ("cuda", "AutocastCUDA")):
+        _library.impl(f"{name}_forward", _make_autocast(name, device, key), key)
+
+
+def _make_autocast(name: str, device: str, key: str) -> Any:
+    """Casts floating inputs to autocast's dtype, as F.linear's are; each gradient is cast back by autograd."""
+    op = getattr(torch.ops.cce, f"{name}_forward").default
+    keys = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
+
+    def autocast(*args: Any) -> tuple[Tensor, ...]:
+        dtype = torch.get_autocast_dtype(device)
+        with torch._C._ExcludeDispatchKeyGuard(keys):
+            return op(*(_cast(a, device, dtype) for a in args))
+
+    return autocast
+
+
+def linear_ce(
+    e: Tensor,
+    c: Tensor,
+    targets: Tensor,
+    bias: Tensor | None = None,
+    u: Tensor | None = None,
+    lora_b: Tensor | None = None,
+    *,
+    ignore_index: int = -100,
+    softcap: float = 0.0,
+    logit_scale: float = 1.0,
+    label_smoothing: float = 0.0,
+) -> tuple[Tensor, Tensor]:
+    """``torch.ops.cce.linear_ce``: per-token negative log-likelihood and logsumexp, without storing logits.
+
+    Shapes: e (..., D), c (V, D), targets (...) integers, bias (V,), u (..., R) = lora_scale * e @ lora_a.T, lora_b (V, R).
+    Returns nll and lse in targets' shape, float32 (float64 for float64 inputs); zeros where targets == ignore_index.
+    """
+    nll, lse, *_ = torch.ops.cce.linear_ce_forward(
+        e.reshape(-1, e.shape[-1]),
+        c,
+        targets.reshape(-1),
+        bias,
+        None if u is None else u.reshape(-1, u.shape[-1]),
+        lora_b,
+        ignore_index,
+        softcap,
+        logit_scale,
+        label_smoothing,
+        0,
+        0,
+        False,
+    )
+    return nll.view(targets.shape), lse.view(targets.shape)
+
+
+def register() -> None:
+    """Loads the compiled library and registers everything about its ops that is written in Python. Call once."""
+    _load.load()
+    _library.impl("linear_ce", linear_ce, "CompositeImplicitAutograd")
+    if torch._C._dispatch_has_kernel_for_dispatch_key("cce::linear_ce_forward", "CUDA"):
+        _library.impl("linear_ce_backward", exact_backward, "CUDA")
+    register_pair("linear_ce")

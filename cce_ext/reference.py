@@ -1,0 +1,86 @@
+"""The loss in plain eager PyTorch: stores all logits, differentiable any number of times. For tests, small problems and
+second derivatives; every formula of the package is here in its shortest form."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from cce_ext.options import LossOptions
+
+
+class RowStatistics(NamedTuple):
+    """Per-row results of every implementation, shape (N,): float32 (float64 for float64 inputs), argmax int64.
+
+    Rows whose target is ignored hold zeros, argmax -1. logit_sum is empty without label smoothing; max_logit, argmax and
+    entropy are empty unless metrics were asked for.
+    """
+
+    nll: Tensor
+    lse: Tensor
+    target_logit: Tensor
+    logit_sum: Tensor
+    max_logit: Tensor
+    argmax: Tensor
+    entropy: Tensor
+
+
+def logits(
+    e: Tensor, c: Tensor, bias: Tensor | None, u: Tensor | None, lora_b: Tensor | None, options: LossOptions
+) -> Tensor:
+    """z (N, V) = softcap(logit_scale * (e cᵀ + u bᵀ + bias)); float32, or float64 for float64 inputs."""
+    z = e @ c.T
+    if u is not None and lora_b is not None:
+        z = z + u @ lora_b.to(e.dtype).T
+    if bias is not None:
+        z = z + bias.to(e.dtype)
+    z = z.to(torch.float64 if e.dtype == torch.float64 else torch.float32) * options.logit_scale
+    if options.softcap:
+        z = options.softcap * torch.tanh(z / options.softcap)
+    return z
+
+
+def statistics(
+    e: Tensor,
+    c: Tensor,
+    targets: Tensor,
+    bias: Tensor | None,
+    u: Tensor | None,
+    lora_b: Tensor | None,
+    options: LossOptions,
+    metrics: bool = False,
+) -> RowStatistics:
+    """Everything about the rows, differentiable. Shapes: e (N, D), c (V, D), targets (N,), u (N, R), lora_b (V, R)."""
+    z = logits(e, c, bias, u, lora_b, options)
+    targets = targets.long()
+    valid = targets != options.ignore_index
+    zero = z.new_zeros(())
+
+    def on_valid(x: Tensor) -> Tensor:
+        return torch.where(valid, x, zero)
+
+    lse = torch.logsumexp(z, -1)
+    # A target that is not in the vocabulary gives NaN; gather itself must stay in range.
+    known = (targets >= 0) & (targets < c.shape[0])
+    target_logit = z.gather(1, torch.where(known, targets, 0)[:, None])[:, 0]
+    target_logit = torch.where(known, target_logit, z.new_full((), torch.nan))
+    nll = lse - target_logit
+    empty = z.new_empty(0)
+    logit_sum = empty
+    if options.label_smoothing:
+        logit_sum = z.sum(-1)
+        smooth = options.label_smoothing
+        nll = (1 - smooth) * nll + smooth * (lse - logit_sum / c.shape[0])
+        logit_sum = on_valid(logit_sum)
+    max_logit, argmax, entropy = empty, targets.new_empty(0), empty
+    if metrics:
+        with torch.no_grad():
+            top = z.max(-1)
+            p = torch.softmax(z, -1)
+            max_logit, argmax = on_valid(top.values), torch.where(valid, top.indices, -1)
+            entropy = on_valid(lse - torch.where(p > 0, p * z, zero).sum(-1))
+    return RowStatistics(
+        on_valid(nll), on_valid(lse), on_valid(target_logit), logit_sum, max_logit, argmax, entropy
+    )
