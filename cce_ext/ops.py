@@ -7,13 +7,15 @@ An implementation is a pair of ops ``<name>_forward`` and ``<name>_backward`` wi
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.amp.autocast_mode import _cast
 
-from cce_ext import _load
+from cce_ext import _load, blocked
+from cce_ext.blocked import accumulate_dtype
 from cce_ext.cuda_backward import exact_backward
 
 # Inputs of a forward op, in order.
@@ -24,11 +26,6 @@ _NO_DOUBLE_BACKWARD = (
 )
 
 _library = torch.library.Library("cce", "FRAGMENT")
-
-
-def accumulate_dtype(e: Tensor) -> torch.dtype:
-    """dtype of row statistics and sums: float64 for float64 inputs, else float32."""
-    return torch.float64 if e.dtype == torch.float64 else torch.float32
 
 
 def _fake_forward(e, c, targets, bias, u, lora_b, ignore_index, softcap, logit_scale, label_smoothing, *rest):
@@ -84,6 +81,31 @@ def _make_backward(op: Any) -> Any:
 
 def _refuse_double_backward(ctx: Any, *_: Tensor | None) -> tuple:
     raise RuntimeError(_NO_DOUBLE_BACKWARD)
+
+
+_OPTIONS = (
+    "int ignore_index, float softcap, float logit_scale, float label_smoothing, int vocab_start, int vocab_total"
+)
+_FORWARD_SIGNATURE = (
+    f"(Tensor e, Tensor c, Tensor targets, Tensor? bias, Tensor? u, Tensor? lora_b, {_OPTIONS}, bool metrics) -> "
+    "(Tensor nll, Tensor lse, Tensor target_logit, Tensor logit_sum, Tensor max_logit, Tensor argmax, Tensor entropy)"
+)
+_BACKWARD_SIGNATURE = (
+    "(Tensor? dnll, Tensor? dlse, Tensor e, Tensor c, Tensor targets, Tensor lse, Tensor? bias, Tensor? u, "
+    f"Tensor? lora_b, {_OPTIONS}, bool need_e, bool need_c, bool need_bias, bool need_u, bool need_lora_b) -> "
+    "(Tensor de, Tensor dc, Tensor dbias, Tensor du, Tensor dlora_b)"
+)
+
+
+def define_pair(name: str, forward: Callable[..., tuple], backward: Callable[..., tuple]) -> None:
+    """Defines an implementation that is written in Python, for every device, and registers it."""
+    for suffix, signature, kernel in (
+        ("forward", _FORWARD_SIGNATURE, forward),
+        ("backward", _BACKWARD_SIGNATURE, backward),
+    ):
+        _library.define(f"{name}_{suffix}{signature}")
+        _library.impl(f"{name}_{suffix}", kernel, "CompositeExplicitAutograd")
+    register_pair(name)
 
 
 def register_pair(name: str) -> None:
@@ -156,3 +178,4 @@ def register() -> None:
     if torch._C._dispatch_has_kernel_for_dispatch_key("cce::linear_ce_forward", "CUDA"):
         _library.impl("linear_ce_backward", exact_backward, "CUDA")
     register_pair("linear_ce")
+    define_pair("blocked_ce", blocked.forward, blocked.backward)

@@ -36,7 +36,12 @@ def logits(
         z = z + u @ lora_b.to(e.dtype).T
     if bias is not None:
         z = z + bias.to(e.dtype)
-    z = z.to(torch.float64 if e.dtype == torch.float64 else torch.float32) * options.logit_scale
+    return finish_logits(z, options)
+
+
+def finish_logits(z: Tensor, options: LossOptions) -> Tensor:
+    """logit_scale and softcap on raw products z, in float32 (float64 for float64)."""
+    z = z.to(torch.float64 if z.dtype == torch.float64 else torch.float32) * options.logit_scale
     if options.softcap:
         z = options.softcap * torch.tanh(z / options.softcap)
     return z
@@ -53,8 +58,13 @@ def statistics(
     metrics: bool = False,
 ) -> RowStatistics:
     """Everything about the rows, differentiable. Shapes: e (N, D), c (V, D), targets (N,), u (N, R), lora_b (V, R)."""
-    z = logits(e, c, bias, u, lora_b, options)
+    return statistics_of_logits(logits(e, c, bias, u, lora_b, options), targets, options, metrics)
+
+
+def statistics_of_logits(z: Tensor, targets: Tensor, options: LossOptions, metrics: bool = False) -> RowStatistics:
+    """The same from finished logits z (N, V)."""
     targets = targets.long()
+    vocab = z.shape[1]
     valid = targets != options.ignore_index
     zero = z.new_zeros(())
 
@@ -63,7 +73,7 @@ def statistics(
 
     lse = torch.logsumexp(z, -1)
     # A target that is not in the vocabulary gives NaN; gather itself must stay in range.
-    known = (targets >= 0) & (targets < c.shape[0])
+    known = (targets >= 0) & (targets < vocab)
     target_logit = z.gather(1, torch.where(known, targets, 0)[:, None])[:, 0]
     target_logit = torch.where(known, target_logit, z.new_full((), torch.nan))
     nll = lse - target_logit
@@ -72,7 +82,7 @@ def statistics(
     if options.label_smoothing:
         logit_sum = z.sum(-1)
         smooth = options.label_smoothing
-        nll = (1 - smooth) * nll + smooth * (lse - logit_sum / c.shape[0])
+        nll = (1 - smooth) * nll + smooth * (lse - logit_sum / vocab)
         logit_sum = on_valid(logit_sum)
     max_logit, argmax, entropy = empty, targets.new_empty(0), empty
     if metrics:

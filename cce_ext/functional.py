@@ -1,0 +1,300 @@
+"""linear_cross_entropy: checks, choice of a path, reductions. The work is in the ops."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from cce_ext import checks, info
+from cce_ext.compiled import compiled_statistics
+from cce_ext.constants import IGNORE_INDEX
+from cce_ext.diagnostics import record
+from cce_ext.distributed.vocab_parallel import VocabParallelOptions, reduce_gradient, sharded_loss
+from cce_ext.heads import Adapter, Head, low_rank_update, resolve_head
+from cce_ext.options import LinearCrossEntropyImpl, LossOptions, implementation_name, resolve_filter
+from cce_ext.reference import RowStatistics, finish_logits, statistics, statistics_of_logits
+
+_COMPILED_DTYPES = {
+    "cpu": (torch.float64, torch.float32, torch.bfloat16, torch.float16),
+    "cuda": (torch.bfloat16, torch.float16),
+}
+
+
+class TokenMetrics(NamedTuple):
+    """Per-token facts, without gradient, in the shape of the unreduced loss.
+
+    logprob: log-probability of the target (float); argmax: most likely token (int64, -1 at ignored tokens); correct: argmax
+    is the target (bool); entropy: of the predicted distribution, in nats. Zeros at ignored tokens.
+    """
+
+    logprob: Tensor
+    argmax: Tensor
+    correct: Tensor
+    entropy: Tensor
+
+
+def linear_cross_entropy(
+    e: Tensor,
+    c: Tensor | nn.Module,
+    targets: Tensor,
+    bias: Tensor | None = None,
+    ignore_index: int = IGNORE_INDEX,
+    softcap: float | None = None,
+    reduction: str = "mean",
+    shift: bool | int = 0,
+    return_lse: bool = False,
+    filter_eps: float | str | None = "auto",
+    accum_e_fp32: bool = False,
+    accum_c_fp32: bool = False,
+    filter_e_grad: bool = True,
+    filter_c_grad: bool = True,
+    impl: str | LinearCrossEntropyImpl = "cce",
+    vocab_parallel_options: VocabParallelOptions | None = None,
+    *,
+    lora_a: Tensor | None = None,
+    lora_b: Tensor | None = None,
+    lora_scale: float = 1.0,
+    logit_scale: float = 1.0,
+    label_smoothing: float = 0.0,
+    num_items: int | Tensor | None = None,
+    return_metrics: bool = False,
+) -> Tensor | tuple:
+    """Cross-entropy of a linear output layer, without ever storing its logits.
+
+    Computes ``F.cross_entropy(softcap(logit_scale * (e @ c.T + lora_scale * (e @ lora_a.T) @ lora_b.T + bias)), targets)``
+    and its gradients. Method: cut cross-entropy (Wijmans et al., arXiv 2411.09009); the low-rank head is a longer
+    inner dimension, [E, U] [C, B]ᵀ with U = lora_scale * E Aᵀ.
+
+    Args:
+        e: hidden states (..., D); float64, float32, bfloat16 or float16.
+        c: classifier (V, D) in e's dtype, **or the output layer itself**: an nn.Linear, a PEFT LoRA layer (its adapters are
+            fused and trained) or a ModulesToSaveWrapper. Do not pass ``.weight`` of a PEFT layer: that is the frozen base.
+        targets: token ids (...), integers in [0, V) or ignore_index.
+        bias: (V,), any floating dtype.
+        ignore_index: target value of tokens that do not count; they cost no matmul and get exactly zero gradients.
+        softcap: logits become softcap * tanh(logits / softcap). None: not.
+        reduction: "mean" over the tokens that count, "sum" or "none" (targets' shape, zeros at ignored tokens).
+        shift: position i predicts the target at i + shift; True is 1. Nothing is copied for it; with "none" the result is
+            shorter by shift.
+        return_lse: also return the logsumexp of each token's logits, differentiable (for the z-loss).
+        filter_eps: probability from which the default backward keeps an entry: "auto" (2⁻¹³ for bfloat16; 2⁻¹⁵ for float16
+            and low-rank heads), "high" (2⁻¹⁵), a number, or None for the exact gradient. The backward is exact on every
+            device today; the option is checked and recorded for the sparse one.
+        accum_e_fp32, accum_c_fp32: accepted for compatibility; sums are always float32 or better.
+        filter_e_grad, filter_c_grad: whether the filter may act on the gradient of e, of c.
+        impl: "cce" (default), a preset of it ("cce_exact", "cce_kahan", "cce_kahan_full", "cce_kahan_full_c",
+            "cce_kahan_full_e", "cce_kahan_full_c_full_e"), "torch_compile" or "reference" (both store logits), "triton".
+        vocab_parallel_options: this rank holds rows [start, stop) of the classifier (and of bias and lora_b).
+        lora_a: (R, D), any floating dtype and strides. lora_b: (V, R). lora_scale: factor of the update.
+        logit_scale: factor of the logits, before the softcap.
+        label_smoothing: weight of the uniform distribution in the target, in [0, 1].
+        num_items: turns "mean" into sum / num_items (gradient accumulation).
+        return_metrics: also return :class:`TokenMetrics`.
+
+    Returns:
+        The loss, float32 (float64 for float64 inputs); then lse and metrics if asked for. No token that counts: "mean" is 0
+        with zero gradients.
+
+    Raises:
+        TypeError, ValueError: an argument that does not fit, by name.
+        IndexError: a target outside [0, V) on a CPU; on a GPU its loss is NaN instead, because a check would wait.
+        RuntimeError: CUDA tensors and no CUDA kernels; double backward.
+    """
+    checks.check_bias_type(bias)
+    checks.check_reduction(reduction)
+    name = implementation_name(impl)
+    options = checks.check_options(ignore_index, softcap, logit_scale, label_smoothing)
+    head = _head(e, c, bias, lora_a, lora_b, lora_scale)
+    weight, bias = head.weight, head.bias
+    if not head.fallback:
+        checks.check_tensors(e, weight, targets, bias)
+        checks.check_dtypes(e, weight)
+    shift = checks.check_shift(shift, targets)
+    if vocab_parallel_options is not None:
+        _check_parallel(vocab_parallel_options, weight, name, head, return_metrics)
+    else:
+        checks.check_target_range(targets, weight.shape[0], ignore_index)
+
+    shape = targets.shape
+    if shift:
+        targets = F.pad(targets[..., shift:], (0, shift), value=ignore_index)
+    flat_targets = targets.reshape(-1)
+    flat_e = e.reshape(flat_targets.shape[0], e.shape[-1])
+    resolved = resolve_filter(name, filter_eps, filter_e_grad, filter_c_grad, e.dtype, bool(head.adapters))
+    facts = dict(
+        device=str(e.device),
+        dtype=str(e.dtype),
+        shape=(flat_e.shape[0], *weight.shape, sum(a.a.shape[0] for a in head.adapters)),
+        filter=resolved,
+    )
+    if vocab_parallel_options is not None:
+        stats = _parallel_rows(flat_e, head, flat_targets, options, vocab_parallel_options, facts)
+    else:
+        stats = _rows(name, flat_e, head, flat_targets, options, return_metrics, facts)
+
+    def tokens(x: Tensor) -> Tensor:
+        return x.reshape(shape)[..., : shape[-1] - shift] if shift else x.reshape(shape)
+
+    loss = _reduce(stats.nll, flat_targets != ignore_index, reduction, num_items, tokens)
+    results: list[Any] = [loss]
+    if return_lse:
+        results.append(tokens(stats.lse).clone())
+    if return_metrics:
+        results.append(_metrics(stats, flat_targets, ignore_index, tokens))
+    return results[0] if len(results) == 1 else tuple(results)
+
+
+def _head(
+    e: Tensor,
+    c: Tensor | nn.Module,
+    bias: Tensor | None,
+    lora_a: Tensor | None,
+    lora_b: Tensor | None,
+    lora_scale: float,
+) -> Head:
+    """``c`` as tensors, with an explicit bias and low-rank update joined to it."""
+    if not isinstance(c, nn.Module):
+        checks.check_tensors(e, c, e.new_empty(e.shape[:-1], dtype=torch.int64) if isinstance(e, Tensor) else e, bias)
+        scale = checks.check_low_rank(e, c, lora_a, lora_b, lora_scale)
+        return Head(c, bias, () if lora_a is None else (Adapter(lora_a, lora_b, scale),))
+    head = resolve_head(c)
+    if bias is not None:
+        raise ValueError("bias must be None when c is a module: the module's own bias is used")
+    if lora_a is None and lora_b is None:
+        return head
+    if head.fallback:
+        raise ValueError(f"lora_a and lora_b cannot be joined to this module: {head.fallback}")
+    scale = checks.check_low_rank(e, head.weight, lora_a, lora_b, lora_scale)
+    return head._replace(adapters=(*head.adapters, Adapter(lora_a, lora_b, scale)))
+
+
+@functools.lru_cache(maxsize=64)
+def _compiled_reason(device: torch.device, dtype: torch.dtype) -> str:
+    """Why the compiled ops cannot take these tensors, or ''.
+
+    Raises:
+        RuntimeError: CUDA tensors, and the compiled library has no CUDA kernels at all.
+    """
+    if device.type not in _COMPILED_DTYPES:
+        return f"no compiled kernels for {device.type} tensors"
+    if device.type == "cuda":
+        table = {backend.name: backend for backend in info.backends()}
+        gpu = [backend for name, backend in table.items() if name.startswith("sm")]
+        if not any(backend.compiled for backend in gpu):
+            reasons = "\n".join(f"  {backend.name}: {backend.reason}" for backend in table.values() if backend.reason)
+            raise RuntimeError(
+                f"e is on {device}, and this installation of cce_ext has no CUDA kernels:\n{reasons}\nReinstall it where "
+                'nvcc is found (CUDA_HOME names a toolkit), move the tensors to the CPU, or use impl="torch_compile".'
+            )
+        major, minor = torch.cuda.get_device_capability(device)
+        if major < 8:
+            return f"compiled kernels need compute capability 8.0 (Ampere), {device} has {major}.{minor}"
+    if dtype not in _COMPILED_DTYPES[device.type]:
+        return f"no compiled {device.type} kernels for {dtype}"
+    return ""
+
+
+def _compute_dtype(e: Tensor) -> torch.dtype:
+    """The dtype that the op will see, which autocast may change."""
+    device = e.device.type
+    if e.dtype != torch.float64 and torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
+    return e.dtype
+
+
+def _pair(name: str, e: Tensor) -> tuple[str, str]:
+    """The implementation pair that serves a call, and why it is not the compiled one ('' where it is)."""
+    if name == "triton":
+        from cce_ext import triton
+
+        triton.register()
+        return "triton_ce", 'impl="triton"'
+    reason = _compiled_reason(e.device, _compute_dtype(e))
+    return ("blocked_ce", reason) if reason else ("linear_ce", "")
+
+
+def _rows(
+    name: str,
+    e: Tensor,
+    head: Head,
+    targets: Tensor,
+    options: LossOptions,
+    metrics: bool,
+    facts: dict[str, Any],
+) -> RowStatistics:
+    """Row statistics of e (N, D) by the implementation of this name."""
+    if head.fallback:
+        record(path="module", reason=head.fallback, **facts)
+        z = finish_logits(head.module(e), options)
+        return statistics_of_logits(z, targets, options, metrics)
+    u, b = low_rank_update(e, head.adapters)
+    if name in ("reference", "torch_compile"):
+        record(path=name, reason=f"impl={name!r} stores the logits", **facts)
+        run = statistics if name == "reference" else compiled_statistics()
+        return run(e, head.weight, targets, head.bias, u, b, options, metrics)
+    pair, reason = _pair(name, e)
+    record(path={"linear_ce": "compiled"}.get(pair, pair.removesuffix("_ce")), reason=reason, **facts)
+    op = getattr(torch.ops.cce, f"{pair}_forward")
+    return RowStatistics(*op(e, head.weight, targets, head.bias, u, b, *options, 0, 0, metrics))
+
+
+def _check_parallel(parallel: VocabParallelOptions, weight: Tensor, name: str, head: Head, metrics: bool) -> None:
+    if weight.shape[0] != parallel.stop - parallel.start:
+        raise ValueError(
+            f"c must hold vocab_parallel_options' rows, {parallel.stop - parallel.start} of them "
+            f"([{parallel.start}, {parallel.stop})); got {weight.shape[0]}"
+        )
+    if name in ("reference", "torch_compile"):
+        raise ValueError(f"impl={name!r} does not take vocab_parallel_options; use one of the cce implementations")
+    if head.fallback:
+        raise ValueError(f"c cannot be sharded over the vocabulary: {head.fallback}")
+    if metrics:
+        raise ValueError("return_metrics does not take vocab_parallel_options")
+
+
+def _parallel_rows(
+    e: Tensor,
+    head: Head,
+    targets: Tensor,
+    options: LossOptions,
+    parallel: VocabParallelOptions,
+    facts: dict[str, Any],
+) -> RowStatistics:
+    """nll and lse over all shards. A is replicated, B sharded like c: dU, or with reduce_e_grad=False dA, is summed too."""
+    total = parallel.whole_vocab(e.device)
+    checks.check_target_range(targets, total, options.ignore_index)
+    adapters = head.adapters
+    if not parallel.reduce_e_grad:
+        adapters = tuple(a._replace(a=reduce_gradient(a.a, parallel)) for a in adapters)
+    u, b = low_rank_update(e, adapters)
+    if parallel.reduce_e_grad:
+        e = reduce_gradient(e, parallel)
+        u = None if u is None else reduce_gradient(u, parallel)
+    pair, reason = _pair("cce", e)
+    record(path="vocab_parallel", reason=reason, **facts)
+    ops = tuple(getattr(torch.ops.cce, f"{pair}_{half}") for half in ("forward", "backward"))
+    nll, lse = sharded_loss(ops, parallel, total, options, e, head.weight, targets, head.bias, u, b)
+    none = nll.new_empty(0)
+    return RowStatistics(nll, lse, none, none, none, none, none)
+
+
+def _reduce(nll: Tensor, valid: Tensor, reduction: str, num_items: int | Tensor | None, tokens: Any) -> Tensor:
+    if reduction == "none":
+        return tokens(nll).clone()
+    total = nll.sum()
+    if reduction == "sum":
+        return total
+    if num_items is not None:
+        return total / (num_items.to(total.device) if isinstance(num_items, Tensor) else num_items)
+    return total / valid.sum().clamp(min=1)
+
+
+def _metrics(stats: RowStatistics, targets: Tensor, ignore_index: int, tokens: Any) -> TokenMetrics:
+    valid = targets != ignore_index
+    logprob = torch.where(valid, stats.target_logit - stats.lse, 0).detach()
+    correct = valid & (stats.argmax == targets)
+    return TokenMetrics(*(tokens(x.detach()).clone() for x in (logprob, stats.argmax, correct, stats.entropy)))
