@@ -26,10 +26,14 @@ bool has_native_bf16() {
 #endif
 }
 
+// Logits up to which bf16 inputs are computed in fp32: it costs nothing there, and spares the rounding of partial sums.
+constexpr int64_t kSmallCall = int64_t{1} << 20;
+
 // The dtype that the matmuls run in.
-ScalarType compute_type(ScalarType input) {
+ScalarType compute_type(const Inputs& in) {
+  const ScalarType input = in.e.scalar_type();
   if (input == ScalarType::Half) return ScalarType::Float;
-  if (input == ScalarType::BFloat16 && !has_native_bf16()) return ScalarType::Float;
+  if (input == ScalarType::BFloat16 && (!has_native_bf16() || in.n * in.v <= kSmallCall)) return ScalarType::Float;
   return input;
 }
 
@@ -147,7 +151,7 @@ struct Statistics {
 
 template <typename Z, typename A>
 void gather_statistics(const Inputs& in, const ValidRows& valid, Statistics<A>& stats) {
-  const ScalarType dtype = compute_type(in.e.scalar_type());
+  const ScalarType dtype = compute_type(in);
   const Transform<A> transform(in);
   const int64_t block_rows = std::min(kForwardRows, valid.count);
   LogitsBuffer<Z> logits(in, block_rows, std::min(kForwardCols, in.v), dtype);
@@ -319,7 +323,7 @@ std::vector<core::RowGrad<A>> row_gradients(const Inputs& in, const ValidRows& v
 template <typename Z, typename A>
 void backward_loop(const Inputs& in, const ValidRows& valid, const Tensor& lse_all,
                    const std::vector<core::RowGrad<A>>& grads, const Needs& need, Gradients& out) {
-  const ScalarType acc = accumulate_type(in.e), compute = compute_type(in.e.scalar_type());
+  const ScalarType acc = accumulate_type(in.e), compute = compute_type(in);
   const Transform<A> transform(in);
   const Tensor lse = torch::stable::contiguous(valid_block(lse_all, valid, 0, valid.count, acc));
   const A* lse_data = lse.const_data_ptr<A>();
@@ -370,7 +374,7 @@ template <typename Z, typename A>
 BackwardResult backward_typed(const Inputs& in, const std::optional<Tensor>& dnll,
                               const std::optional<Tensor>& dlse, const Tensor& lse, Needs need) {
   const ScalarType acc = accumulate_type(in.e), input = in.e.scalar_type();
-  const ScalarType compute = compute_type(input);
+  const ScalarType compute = compute_type(in);
   const ValidRows valid = find_valid_rows(in);
   // With nothing to sum over, every gradient is zero and no block is ever visited.
   const bool empty_call = valid.count == 0 || in.v == 0;
@@ -395,10 +399,10 @@ BackwardResult backward_typed(const Inputs& in, const std::optional<Tensor>& dnl
           need.lora_b ? out.lora_b : absent(in.lora_b)};
 }
 
-// Calls body<Z, A>() with the logits' storage type and the arithmetic type of the input's dtype.
+// Calls body(Z{}, A{}) with the logits' storage type and the arithmetic type that the inputs ask for.
 template <typename Body>
-auto dispatch(const Tensor& e, Body&& body) {
-  switch (compute_type(e.scalar_type())) {
+auto dispatch(const Inputs& in, Body&& body) {
+  switch (compute_type(in)) {
     case ScalarType::Double:
       return body(double{}, double{});
     case ScalarType::Float:
@@ -418,7 +422,7 @@ ForwardResult forward_cpu(Tensor e, Tensor c, Tensor targets, std::optional<Tens
   const Inputs in = make_inputs(
       e, c, targets, bias, u, lora_b,
       {softcap, logit_scale, label_smoothing, ignore_index, vocab_start, vocab_total});
-  return dispatch(e, [&](auto z, auto a) {
+  return dispatch(in, [&](auto z, auto a) {
     return forward_typed<decltype(z), decltype(a)>(in, metrics);
   });
 }
@@ -434,7 +438,7 @@ BackwardResult backward_cpu(std::optional<Tensor> dnll, std::optional<Tensor> dl
       e, c, targets, bias, u, lora_b,
       {softcap, logit_scale, label_smoothing, ignore_index, vocab_start, vocab_total});
   const Needs need{need_e, need_c, need_bias && bias, need_u && u, need_lora_b && lora_b};
-  return dispatch(e, [&](auto z, auto a) {
+  return dispatch(in, [&](auto z, auto a) {
     return backward_typed<decltype(z), decltype(a)>(in, dnll, dlse, lse, need);
   });
 }

@@ -1,0 +1,212 @@
+"""The CUDA kernels on a real GPU: shapes that break things, determinism, streams, graphs, memory."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+
+from cce_ext import diagnostics, linear_cross_entropy
+from tests.oracle import Case, compare, differentiate, ours
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+SLACK = 1e-4
+DTYPES = [torch.bfloat16, torch.float16]
+# Tiles are 128 rows x 256 columns x 64 in K; splits 4096 columns.
+SHAPES = [
+    (1, 1, 129, 33),
+    (1, 3, 7, 3),
+    (2, 64, 255, 72),
+    (1, 127, 256, 64),
+    (3, 43, 257, 200),
+    (2, 130, 4095, 17),
+    (1, 300, 4097, 128),
+]
+
+
+@pytest.mark.parametrize("rank", [0, 1, 8, 100, 256])
+@pytest.mark.parametrize("ignored", [0.0, 0.4, 1.0])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_every_option(dtype: torch.dtype, ignored: float, rank: int) -> None:
+    shapes = itertools.cycle(SHAPES)
+    options = itertools.product((False, True), (None, 5.0), (0, 1, 2), ("mean", "sum", "none"), (0.0, 0.1))
+    for i, (bias, softcap, shift, reduction, smoothing) in enumerate(options):
+        batch, length, vocab, hidden = next(shapes)
+        case = Case(
+            batch, max(length, shift + 1), vocab, hidden, rank, dtype, bias, softcap, shift, reduction, ignored,
+            smoothing,
+            logit_scale=(1.0, 0.7)[i % 2],
+            lse_weight=(0.0, 0.1)[i // 2 % 2],
+            strided=i % 3 == 0,
+            adapter_dtype=torch.float32 if i % 4 == 0 else None,
+            seed=i,
+            device="cuda",
+        )  # fmt: skip
+        compare(case).check(SLACK)
+        assert diagnostics()["path"] == "compiled"
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_breaking_shapes(dtype: torch.dtype) -> None:
+    """One column tile with a small softcap (padding must not count), logits far below zero, a large bias, wide rows."""
+    compare(Case(1, 64, 129, 64, dtype=dtype, softcap=2.0, device="cuda")).check(SLACK)
+    compare(Case(1, 64, 129, 64, dtype=dtype, bias=True, softcap=2.0, smoothing=0.1, device="cuda")).check(SLACK)
+    compare(Case(1, 100, 1000, 4096, rank=16, dtype=dtype, bias=True, device="cuda")).check(SLACK)
+    compare(Case(2, 100, 1000, 256, dtype=dtype, spread=300.0, device="cuda")).check(SLACK)
+    e, c = (torch.randn(n, 64, device="cuda", dtype=dtype) for n in (50, 300))
+    t = torch.randint(300, (50,), device="cuda")
+    for offset in (-1e4, 6e4):
+        bias = torch.full((300,), offset, device="cuda")
+        torch.testing.assert_close(
+            linear_cross_entropy(e, c, t, bias), linear_cross_entropy(e, c, t), rtol=2e-3, atol=2e-2
+        )
+
+
+def test_logits_beyond_float16() -> None:
+    """Logits of 1e5 overflow float16 but not the float32 that they are kept in."""
+    e = torch.full((4, 64), 30.0, device="cuda", dtype=torch.float16)
+    c = torch.full((10, 64), 52.0, device="cuda", dtype=torch.float16)
+    c[3] = 53.0
+    t = torch.tensor([3, 3, 0, 1], device="cuda")
+    loss = linear_cross_entropy(e, c, t, reduction="none")
+    torch.testing.assert_close(loss, torch.tensor([0.0, 0.0, 1920.0, 1920.0], device="cuda"))
+
+
+@pytest.mark.parametrize("shape", [(65536, 49152, 64), (256, 4_300_000, 512)], ids=str)
+def test_more_than_two_billion(shape: tuple[int, int, int]) -> None:
+    """N x V, and V x D, beyond 2³¹: loss and gradients of some rows against the formula."""
+    n, v, d = shape
+    g = torch.Generator("cuda").manual_seed(0)
+    e = torch.randn(n, d, device="cuda", dtype=torch.bfloat16, generator=g).requires_grad_()
+    c = (torch.randn(v, d, device="cuda", dtype=torch.bfloat16, generator=g) * d**-0.5).requires_grad_()
+    t = torch.randint(v, (n,), device="cuda", generator=g)
+    t[-1], t[-2] = v - 1, v - 1
+    loss = linear_cross_entropy(e, c, t, reduction="none", filter_eps=None)
+    de, dc = torch.autograd.grad(loss.sum(), (e, c))
+    rows = torch.tensor([0, 1, n // 2, n - 2, n - 1], device="cuda")
+    z = e[rows].float() @ c.float().T
+    truth = torch.nn.functional.cross_entropy(z, t[rows], reduction="none")
+    torch.testing.assert_close(loss[rows], truth, rtol=1e-4, atol=1e-4)
+    p = torch.softmax(z, -1)
+    p[torch.arange(5), t[rows]] -= 1
+    torch.testing.assert_close(de[rows].float(), p @ c.float(), rtol=2e-2, atol=2e-2)
+    assert dc[v - 1].float().norm() > 1  # two rows have it as their target
+    assert torch.isfinite(dc[:: max(1, v // 1000)]).all()
+
+
+def test_twice_is_bitwise_the_same() -> None:
+    for case in (
+        Case(2, 300, 9000, 256, rank=16, dtype=torch.bfloat16, bias=True, ignored=0.3, device="cuda"),
+        Case(1, 1000, 30000, 128, dtype=torch.float16, softcap=10.0, device="cuda"),
+    ):
+        leaves = case.leaves()
+        first = differentiate(case, ours, leaves)
+        for _ in range(3):
+            again = differentiate(case, ours, leaves)
+            for name, x in first.items():
+                assert torch.equal(x, again[name]), f"{case}: {name} changed"
+
+
+def test_ignored_rows_are_untouched_by_nan() -> None:
+    case = Case(1, 400, 3000, 64, dtype=torch.bfloat16, device="cuda")
+    leaves = case.leaves()
+    t = case.targets()
+    t[0, 100:300] = -100
+    upstream = torch.ones(1, 400, device="cuda")
+    upstream[0, 100:300] = torch.nan
+    loss = linear_cross_entropy(leaves["e"], leaves["c"], t, reduction="none")
+    de, dc = torch.autograd.grad(loss, (leaves["e"], leaves["c"]), upstream)
+    assert (loss[0, 100:300] == 0).all() and (de[0, 100:300] == 0).all()
+    assert torch.isfinite(de).all() and torch.isfinite(dc).all()
+
+
+def test_a_target_out_of_range_is_nan_in_its_row_only() -> None:
+    e, c = (torch.randn(n, 32, device="cuda", dtype=torch.bfloat16) for n in (6, 50))
+    t = torch.tensor([0, 50, 3, -1, -100, 49], device="cuda")
+    loss = linear_cross_entropy(e, c, t, reduction="none")
+    assert torch.isnan(loss).tolist() == [False, True, False, True, False, False]
+    assert loss[4] == 0
+
+
+def test_other_streams_and_poisoned_outputs() -> None:
+    case = Case(1, 500, 5000, 128, dtype=torch.bfloat16, device="cuda")
+    leaves = case.leaves()
+    expected = differentiate(case, ours, leaves)
+    poison = [torch.full((1 << 24,), torch.nan, device="cuda") for _ in range(4)]
+    torch.cuda.synchronize()
+    del poison
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        got = differentiate(case, ours, leaves)
+    stream.synchronize()
+    for name, x in expected.items():
+        assert torch.equal(x, got[name]), name
+
+
+def test_a_step_is_captured_in_a_graph() -> None:
+    """Forward and backward, replayed on new data: nothing waits for the device, nothing depends on the data's counts."""
+    e = torch.randn(300, 128, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    c = torch.randn(5000, 128, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    t = torch.randint(5000, (300,), device="cuda")
+
+    def step() -> tuple[torch.Tensor, ...]:
+        loss = linear_cross_entropy(e, c, t, filter_eps=None)
+        return (loss.detach(), *torch.autograd.grad(loss, (e, c)))
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    with torch.no_grad():
+        e.normal_()
+        t.random_(5000)
+        t[::3] = -100
+    graph.replay()
+    for got, expected in zip(captured, step(), strict=True):
+        assert torch.equal(got, expected)
+
+
+def test_memory() -> None:
+    """No logits: a forward takes less than 16 MB, a step less than 0.3 GB beyond its gradients."""
+    n, v, d = 8192, 128256, 2048
+    e = torch.randn(n, d, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    c = torch.randn(v, d, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    t = torch.randint(v, (n,), device="cuda")
+
+    def peak(run) -> float:
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        result = run()
+        torch.cuda.synchronize()
+        del result
+        return (torch.cuda.max_memory_allocated() - before) / 1e6
+
+    with torch.no_grad():
+        assert peak(lambda: linear_cross_entropy(e, c, t)) < 16
+    gradients = 2 * (e.numel() + c.numel()) / 1e6
+    both = peak(lambda: torch.autograd.grad(linear_cross_entropy(e, c, t, filter_eps=None), (e, c)))
+    assert both - gradients < 300
+    frozen = c.detach()
+    only_e = peak(lambda: torch.autograd.grad(linear_cross_entropy(e, frozen, t, filter_eps=None), e))
+    assert only_e < 300 + 2 * e.numel() / 1e6  # no (V, D) array for a frozen classifier
+
+
+def test_opcheck() -> None:
+    e = torch.randn(20, 16, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    c = torch.randn(30, 16, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    t = torch.randint(30, (20,), device="cuda")
+    torch.library.opcheck(torch.ops.cce.linear_ce.default, (e, c, t))
+    torch.library.opcheck(
+        torch.ops.cce.linear_ce_forward.default, (e, c, t, None, None, None, -100, 0.0, 1.0, 0.0, 0, 0, True)
+    )
+
+
+def test_fp32_takes_the_blocked_path() -> None:
+    compare(Case(2, 50, 700, 40, rank=4, dtype=torch.float32, bias=True, device="cuda")).check(1e-5)
+    assert diagnostics()["path"] == "blocked" and "float32" in diagnostics()["reason"]

@@ -1,0 +1,67 @@
+"""Random shapes and option sets against float64 eager PyTorch.
+
+CCE_FUZZ_CASES sets how many cases there are (40 by default), CCE_FUZZ_SEED the seed of the first; a failure names its case.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+
+import pytest
+import torch
+
+from tests.oracle import Case, compare
+
+CASES = int(os.environ.get("CCE_FUZZ_CASES", "40"))
+SEED = int(os.environ.get("CCE_FUZZ_SEED", "20260101"))
+SLACK = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 1e-3, torch.float16: 1e-3}
+CUDA_SLACK = 1e-4
+
+
+def random_case(seed: int, device: str) -> Case:
+    """A case from a seed. Sizes are drawn log-uniformly, with a liking for the neighbours of tile sizes."""
+    r = random.Random(seed)
+
+    def size(low: int, high: int, tiles: tuple[int, ...]) -> int:
+        if r.random() < 0.4:
+            near = r.choice([t for t in tiles if t < high]) + r.choice((-1, 0, 1))
+            return max(low, near)
+        return round(low * (high / low) ** r.random())
+
+    cuda = device == "cuda"
+    length = size(1, 600 if cuda else 60, (64, 128, 256))
+    dtype = r.choice((torch.bfloat16, torch.float16) if cuda else tuple(SLACK))
+    shift = r.choice((0, 0, 1, 2))
+    return Case(
+        batch=r.randint(1, 3),
+        length=max(length, shift + 1),
+        vocab=size(1, 20000 if cuda else 5000, (128, 256, 1024, 2048, 4096, 8192)),
+        hidden=size(1, 600 if cuda else 80, (8, 16, 32, 64, 128)),
+        rank=r.choice((0, 0, 1, 8, 16, 100, 256)),
+        dtype=dtype,
+        bias=r.random() < 0.4,
+        softcap=r.choice((None, None, 2.0, 30.0)),
+        shift=shift,
+        reduction=r.choice(("mean", "sum", "none")),
+        ignored=r.choice((0.0, 0.0, 0.1, 0.5, 0.95, 1.0)),
+        smoothing=r.choice((0.0, 0.0, 0.1)),
+        logit_scale=r.choice((1.0, 1.0, 0.3, 2.0, -1.0)),
+        lse_weight=r.choice((0.0, 0.0, 0.1)),
+        strided=r.random() < 0.3,
+        adapter_dtype=r.choice((None, torch.float32)) if dtype != torch.float64 else None,
+        spread=r.choice((0.1, 1.0, 1.0, 3.0)),
+        seed=seed,
+        device=device,
+    )
+
+
+@pytest.mark.parametrize("device", ["cpu"] + (["cuda"] if torch.cuda.is_available() else []))
+def test_random_cases(device: str) -> None:
+    print(f"fuzz: {CASES} cases from seed {SEED} on {device}")
+    failures = []
+    for seed in range(SEED, SEED + CASES):
+        case = random_case(seed, device)
+        slack = CUDA_SLACK if device == "cuda" else SLACK[case.dtype]
+        failures += [f"{case}: {failure}" for failure in compare(case).failures(slack)]
+    assert not failures, f"{len(failures)} of {CASES} cases:\n" + "\n".join(failures[:10])
