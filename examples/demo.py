@@ -1,0 +1,209 @@
+"""A small language model trained on Python's own sources, without ever storing its logits.
+
+Run from the root of the repository: ``python -m examples.demo`` (about a minute and a half on two CPU cores).
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import time
+from statistics import median
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from bench.step import cpu_peak_mb, cuda_peak_mb, eager_loss, make_inputs, step, timed_step
+from cce_ext import linear_cross_entropy
+from examples.model import LanguageModel
+from examples.text import HELD_OUT, Corpus, load_corpus, sample_batch, unigram_entropy, windows
+
+VOCAB, LENGTH, BATCH = 4096, 128, 16
+
+
+class Training(NamedTuple):
+    """What the training loop saw."""
+
+    steps: int
+    first: float
+    last: float
+
+
+class Cost(NamedTuple):
+    """Peak memory beyond inputs and gradients, and time, of one step."""
+
+    megabytes: float
+    milliseconds: float
+
+
+def train(
+    model: LanguageModel, corpus: Corpus, seconds: float, seed: int, device: torch.device
+) -> Training:
+    """AdamW for ``seconds``; the same seed sees the same batches in the same order."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1.0, betas=(0.9, 0.98), weight_decay=0.01)
+    generator = torch.Generator().manual_seed(seed)
+    losses: list[float] = []
+    start, shown = time.monotonic(), 0.0
+    form = "{desc} {percentage:3.0f}% |{bar}| {n:.0f}/{total:.0f} s{postfix}"
+    with tqdm(total=seconds, desc="training", bar_format=form) as bar:
+        while not losses or time.monotonic() - start < seconds:
+            tokens = sample_batch(corpus.train, BATCH, LENGTH, generator).to(device)
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(len(losses))
+            with torch.autocast("cuda", torch.bfloat16, enabled=device.type == "cuda"):
+                h = model(tokens)
+                # Position i predicts token i + 1; the (BATCH, LENGTH, VOCAB) logits never exist.
+                loss = linear_cross_entropy(h, model.lm_head.weight, tokens, shift=1)
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            losses.append(loss.item())
+            elapsed = min(time.monotonic() - start, seconds)
+            bar.set_postfix(step=len(losses), loss=f"{losses[-1]:.2f}", refresh=False)
+            bar.update(elapsed - shown)
+            shown = elapsed
+    tail = losses[-max(1, len(losses) // 10) :]
+    return Training(len(losses), losses[0], sum(tail) / len(tail))
+
+
+def learning_rate(done: int) -> float:
+    """Ten steps of warm-up, then constant, then falling as 1/sqrt. Depends on the step alone, not on the clock."""
+    return 4e-3 * min((done + 1) / 10, 1.0, math.sqrt(150 / (done + 1)))
+
+
+@torch.no_grad()
+def token_losses(model: LanguageModel, tokens: Tensor, device: torch.device) -> Tensor:
+    """Loss of each token of a text but the first, in nats."""
+    inputs, targets = (x.to(device) for x in windows(tokens, LENGTH))
+    with torch.autocast("cuda", torch.bfloat16, enabled=device.type == "cuda"):
+        h = model(inputs)
+        loss = linear_cross_entropy(h, model.lm_head.weight, targets, shift=1, reduction="none")
+    return loss[targets[:, 1:] != -100].float().cpu()
+
+
+def print_extremes(corpus: Corpus, losses: Tensor) -> None:
+    """The five tokens that the model found hardest, and the five easiest."""
+    order = losses.argsort()
+    for title, picked in (("hardest", order.flip(0)[:5]), ("easiest", order[:5])):
+        print(f"\nThe five {title} tokens of {HELD_OUT}:")
+        print(f"  {'probability':>11}  {'token':<16}  after")
+        for i in picked.tolist():
+            context = "".join(
+                corpus.decode(t) for t in corpus.held_out[max(0, i - 9) : i + 1].tolist()
+            )
+            token = repr(corpus.decode(int(corpus.held_out[i + 1])))
+            print(f"  {math.exp(-losses[i]):>11.2g}  {token:<16}  ...{context[-40:]!r}")
+
+
+def gradient_error(n: int, v: int, d: int, device: torch.device, dtype: torch.dtype) -> float:
+    """Largest relative error of both gradients against float32 logits."""
+    e, c, targets = make_inputs(n, v, d, dtype, device)
+    exact = [x.detach().float().requires_grad_() for x in (e, c)]
+    step(eager_loss, exact[0], exact[1], targets)
+    step(linear_cross_entropy, e, c, targets)
+    errors = [
+        torch.linalg.norm(x.grad.float() - y.grad) / torch.linalg.norm(y.grad)
+        for x, y in zip((e, c), exact, strict=True)
+    ]
+    return max(error.item() for error in errors)
+
+
+def costs(n: int, v: int, d: int, device: torch.device, dtype: torch.dtype) -> tuple[Cost, Cost]:
+    """One step with stored logits, and without. The two take turns, so that a busy machine slows both."""
+    losses = {"eager": eager_loss, "cce": linear_cross_entropy}
+    inputs = make_inputs(n, v, d, dtype, device)
+    seconds: dict[str, list[float]] = {name: [] for name in losses}
+    peak: dict[str, float] = {}
+    with tqdm(total=10, desc="comparing", leave=True) as bar:
+        for name, loss in losses.items():
+            if device.type == "cuda":
+                peak[name] = cuda_peak_mb(loss, *inputs)
+            else:
+                peak[name] = cpu_peak_mb(name, n, v, d, dtype)
+            bar.update()
+        for repeat in range(4):
+            for name, loss in losses.items():
+                seconds[name].append(timed_step(loss, *inputs))
+                bar.update()
+            if repeat == 0:  # warm-up
+                seconds = {name: [] for name in losses}
+    eager, ours = (Cost(peak[name], 1e3 * median(seconds[name])) for name in losses)
+    return eager, ours
+
+
+def print_table(rows: list[tuple[str, str, str]], header: tuple[str, str, str]) -> None:
+    """A plain table of three columns."""
+    width = [max(len(row[i]) for row in [header, *rows]) for i in range(3)]
+    line = "+".join("-" * (w + 2) for w in width)
+    for i, row in enumerate([header, *rows]):
+        print(f" {row[0]:<{width[0]}} | {row[1]:>{width[1]}} | {row[2]:>{width[2]}}".rstrip())
+        if i == 0:
+            print(line)
+
+
+def main() -> None:
+    """Train, look at the held-out file, compare with stored logits."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--seconds", type=float, default=60, help="time to train (60)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--quick", action="store_true", help="10 seconds, less text, small sizes")
+    args = parser.parse_args()
+    device = torch.device(args.device)
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    seconds = 10.0 if args.quick else args.seconds
+    n, v, d = (1024, 16384, 128) if args.quick else (4096, 32768, 256)
+
+    corpus = load_corpus(1024 if args.quick else VOCAB, 2_000_000 if args.quick else 6_000_000)
+    unigram = unigram_entropy(corpus.train, corpus.vocab)
+    print(
+        f"Text: {len(corpus.train):,} {corpus.tokenizer} tokens of Python's standard library, "
+        f"a vocabulary of {corpus.vocab:,}.\nA model that ignores the context cannot do better than "
+        f"the entropy of the token counts, {unigram:.2f} nats."
+    )
+    torch.manual_seed(args.seed)
+    model = LanguageModel(corpus.vocab, LENGTH).to(device)
+    result = train(model, corpus, seconds, args.seed, device)
+    model.eval()
+    losses = token_losses(model, corpus.held_out, device)
+    perplexity = losses.mean().exp().item()
+    print_extremes(corpus, losses)
+
+    print(
+        f"\nThe same output layer with stored logits and without: {n} tokens, {v} classes, width {d}."
+    )
+    error = gradient_error(n, v, d, device, dtype)
+    eager, ours = costs(n, v, d, device, dtype)
+
+    print(f"\nTraining ({result.steps} steps on {device}), in nats per token:")
+    nats = [
+        ("entropy of the token counts", f"{unigram:.2f}", f"{math.exp(unigram):.0f}"),
+        ("loss of the first step", f"{result.first:.2f}", f"{math.exp(result.first):.0f}"),
+        (
+            "loss of the last tenth of the steps",
+            f"{result.last:.2f}",
+            f"{math.exp(result.last):.0f}",
+        ),
+        (f"{HELD_OUT}, never trained on", f"{math.log(perplexity):.2f}", f"{perplexity:.0f}"),
+    ]
+    print_table(nats, ("", "nats", "perplexity"))
+    print(
+        f"\nOne step, forward and backward ({n} x {v} x {d}, {str(dtype).removeprefix('torch.')}):"
+    )
+    table = [
+        ("extra memory, MB", f"{eager.megabytes:.0f}", f"{ours.megabytes:.0f}"),
+        ("time, ms", f"{eager.milliseconds:.1f}", f"{ours.milliseconds:.1f}"),
+        ("relative error of the gradients", "(reference)", f"{error:.1e}"),
+    ]
+    print_table(table, ("", "stored logits", "cce_ext"))
+    print(
+        f"demo: loss={result.last:.4f} unigram={unigram:.4f} grad_error={error:.3e} "
+        f"perplexity={perplexity:.3f}"
+    )
+
+
+if __name__ == "__main__":
+    main()
