@@ -105,15 +105,25 @@ def _gpu_reason(facts: dict[str, Any]) -> str:
         return f"torch {torch.__version__} was built without CUDA"
     if not torch.cuda.is_available():
         return "no CUDA device is visible, or its driver does not work with this torch"
-    driver = torch._C._cuda_getDriverVersion()  # 1000 * major + 10 * minor
+    driver = _driver_version()
     toolkit = facts.get("cuda_toolkit")
     # Minor versions are compatible within a major one.
-    if toolkit and driver // 1000 < int(toolkit.split(".")[0]):
+    if toolkit and driver and driver // 1000 < int(toolkit.split(".")[0]):
         return (
             f"the driver supports CUDA {driver // 1000}.{driver % 1000 // 10}, cce_ext was built "
             f"with toolkit {toolkit}: update the driver or rebuild with an older toolkit"
         )
     return ""
+
+
+def _driver_version() -> int:
+    """CUDA version that the driver supports, 1000 * major + 10 * minor; 0 where it cannot be asked."""
+    version = ctypes.c_int(0)
+    try:
+        ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(version))
+    except OSError:
+        return 0
+    return version.value
 
 
 def _capability_reason(name: str) -> str:

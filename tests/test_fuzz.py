@@ -25,8 +25,8 @@ def random_case(seed: int, device: str) -> Case:
 
     def size(low: int, high: int, tiles: tuple[int, ...]) -> int:
         if r.random() < 0.4:
-            near = r.choice([t for t in tiles if t < high]) + r.choice((-1, 0, 1))
-            return max(low, near)
+            near = r.choice([t for t in tiles if t < high] or [high]) + r.choice((-1, 0, 1))
+            return min(max(low, near), high)
         return round(low * (high / low) ** r.random())
 
     cuda = device == "cuda"
