@@ -1,7 +1,8 @@
-"""One training step of an output layer, forward and backward, by several methods; its memory and time.
+"""One training step of an output layer by several methods: its memory and its time.
 
-``python -m bench.step METHOD N V D DTYPE`` prints the peak memory of one step on a CPU, in MB. The benchmarks start it as
-a process of its own, because a process that has already run other methods has memory to spare.
+``python -m bench.step METHOD N V D DTYPE`` prints the peak memory of one step on a CPU, in MB. The
+benchmarks start it as a process of its own, because a process that has already run other methods
+has memory to spare.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ def chunked_loss(e: Tensor, c: Tensor, targets: Tensor) -> Tensor:
 
 
 def methods() -> dict[str, Loss]:
-    """The methods that this PyTorch has, by name; the first is what the others are compared with."""
+    """The methods that this PyTorch has, by name; the first is the one to compare with."""
     found: dict[str, Loss] = {"eager": eager_loss}
     if hasattr(torch.nn, "LinearCrossEntropyOptions"):
         found["torch_chunked"] = chunked_loss
@@ -46,7 +47,7 @@ def methods() -> dict[str, Loss]:
 def make_inputs(
     n: int, v: int, d: int, dtype: torch.dtype, device: str | torch.device = "cpu", seed: int = 0
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Hidden states (n, d), classifier (v, d) and targets (n,); logits have standard deviation 2.5."""
+    """Hidden states (n, d), classifier (v, d), targets (n,); logits of standard deviation 2.5."""
     generator = torch.Generator().manual_seed(seed)
     e = torch.randn(n, d, generator=generator).to(device, dtype)
     c = (torch.randn(v, d, generator=generator) * (2.5 / d**0.5)).to(device, dtype)
@@ -114,7 +115,8 @@ def _main() -> None:
     loss, dtype = methods()[method], getattr(torch, name)
     step(loss, *make_inputs(8, 64, 16, dtype))  # the libraries' own start-up
     e, c, targets = make_inputs(int(n), int(v), int(d), dtype)
-    # Inputs are made in float32, so memory has been higher than it is now: fill the difference, then watch the peak.
+    # Inputs are made in float32, so memory has been higher than it is now: fill the difference,
+    # then watch the peak.
     slack = torch.ones(max(_peak_resident_bytes() - _resident_bytes(), 1), dtype=torch.uint8)
     before = _peak_resident_bytes()
     step(loss, e, c, targets)

@@ -1,6 +1,7 @@
 """A small language model trained on Python's own sources, without ever storing its logits.
 
-Run from the root of the repository: ``python -m examples.demo`` (about a minute and a half on two CPU cores).
+Run from the root of the repository: ``python -m examples.demo`` (about a minute and a half on two
+CPU cores).
 """
 
 from __future__ import annotations
@@ -70,7 +71,7 @@ def train(
 
 
 def learning_rate(done: int) -> float:
-    """Ten steps of warm-up, then constant, then falling as 1/sqrt. Depends on the step alone, not on the clock."""
+    """Ten steps of warm-up, then constant, then 1/sqrt: a matter of the step, not of the clock."""
     return 4e-3 * min((done + 1) / 10, 1.0, math.sqrt(150 / (done + 1)))
 
 
@@ -112,7 +113,7 @@ def gradient_error(n: int, v: int, d: int, device: torch.device, dtype: torch.dt
 
 
 def costs(n: int, v: int, d: int, device: torch.device, dtype: torch.dtype) -> tuple[Cost, Cost]:
-    """One step with stored logits, and without. The two take turns, so that a busy machine slows both."""
+    """One step with stored logits, and without; the two take turns."""
     losses = {"eager": eager_loss, "cce": linear_cross_entropy}
     inputs = make_inputs(n, v, d, dtype, device)
     seconds: dict[str, list[float]] = {name: [] for name in losses}
@@ -161,8 +162,8 @@ def main() -> None:
     unigram = unigram_entropy(corpus.train, corpus.vocab)
     print(
         f"Text: {len(corpus.train):,} {corpus.tokenizer} tokens of Python's standard library, "
-        f"a vocabulary of {corpus.vocab:,}.\nA model that ignores the context cannot do better than "
-        f"the entropy of the token counts, {unigram:.2f} nats."
+        f"a vocabulary of {corpus.vocab:,}.\nA model that ignores the context cannot do better "
+        f"than the entropy of the token counts, {unigram:.2f} nats."
     )
     torch.manual_seed(args.seed)
     model = LanguageModel(corpus.vocab, LENGTH).to(device)
@@ -173,7 +174,8 @@ def main() -> None:
     print_extremes(corpus, losses)
 
     print(
-        f"\nThe same output layer with stored logits and without: {n} tokens, {v} classes, width {d}."
+        f"\nThe same output layer with stored logits and without: {n} tokens, {v} classes, "
+        f"width {d}."
     )
     error = gradient_error(n, v, d, device, dtype)
     eager, ours = costs(n, v, d, device, dtype)

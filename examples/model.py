@@ -1,4 +1,4 @@
-"""A small causal transformer. It ends at the hidden states: the loss takes the output layer's weight itself."""
+"""A small causal transformer that ends at the hidden states: the loss takes lm_head's weight."""
 
 from __future__ import annotations
 

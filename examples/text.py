@@ -45,7 +45,7 @@ def read_sources(limit: int) -> tuple[list[str], str]:
 
 
 def load_corpus(vocab: int, limit: int = 6_000_000) -> Corpus:
-    """The corpus in a byte-pair vocabulary made on the spot, or in bytes without the tokenizers package."""
+    """The corpus in a byte-pair vocabulary made on the spot; in bytes without tokenizers."""
     texts, held_out = read_sources(limit)
     try:
         from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -91,7 +91,7 @@ def sample_batch(tokens: Tensor, batch: int, length: int, generator: torch.Gener
 
 
 def windows(tokens: Tensor, length: int, ignore_index: int = -100) -> tuple[Tensor, Tensor]:
-    """The whole text as windows that overlap by one token, so that each token but the first is predicted once.
+    """The whole text as windows that overlap by one token: each but the first is predicted once.
 
     Returns:
         inputs (W, length) and targets (W, length); the last window is padded, its padding ignored.
