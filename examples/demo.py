@@ -22,6 +22,7 @@ from examples.model import LanguageModel
 from examples.text import HELD_OUT, Corpus, load_corpus, sample_batch, unigram_entropy, windows
 
 VOCAB, LENGTH, BATCH = 4096, 128, 16
+MIN_STEPS = 50  # on a busy machine the time may not be enough to learn anything
 
 
 class Training(NamedTuple):
@@ -42,14 +43,14 @@ class Cost(NamedTuple):
 def train(
     model: LanguageModel, corpus: Corpus, seconds: float, seed: int, device: torch.device
 ) -> Training:
-    """AdamW for ``seconds``; the same seed sees the same batches in the same order."""
+    """AdamW for ``seconds`` and at least MIN_STEPS; the batches depend on the seed alone."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=1.0, betas=(0.9, 0.98), weight_decay=0.01)
     generator = torch.Generator().manual_seed(seed)
     losses: list[float] = []
     start, shown = time.monotonic(), 0.0
     form = "{desc} {percentage:3.0f}% |{bar}| {n:.0f}/{total:.0f} s{postfix}"
     with tqdm(total=seconds, desc="training", bar_format=form) as bar:
-        while not losses or time.monotonic() - start < seconds:
+        while len(losses) < MIN_STEPS or time.monotonic() - start < seconds:
             tokens = sample_batch(corpus.train, BATCH, LENGTH, generator).to(device)
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(len(losses))
