@@ -47,8 +47,8 @@ class CMakeBuild(build_ext):
     """Runs CMake once and copies its results to where setuptools wants each extension."""
 
     def get_ext_filename(self, fullname: str) -> str:
-        # libcce_ops.so serves every Python: no ABI tag.
-        if fullname == OPS_LIBRARY:
+        # libcce_ops.so serves every Python: no ABI tag. setuptools asks with and without the package.
+        if fullname.rpartition(".")[2] == OPS_LIBRARY.rpartition(".")[2]:
             return str(Path(*fullname.split("."))) + ".so"
         return super().get_ext_filename(fullname)
 
