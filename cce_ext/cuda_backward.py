@@ -14,13 +14,15 @@ from torch import Tensor
 
 # Tile of the kernels: a chunk is a whole number of column tiles.
 _TILE_ROWS, _TILE_COLUMNS = 128, 256
-# Bytes of one chunk of logit gradients; CCE_BACKWARD_CHUNK_MB overrides it.
-DEFAULT_CHUNK_MB = 136
+# Bytes of workspace, fp32 sums included; CCE_BACKWARD_WORKSPACE_MB (in MB of 10⁶ bytes) overrides it.
+DEFAULT_WORKSPACE_MB = 280
+# A chunk never gets less than this, however large the sums are.
+_MIN_CHUNK_BYTES = 100_000_000
 
 
-def chunk_bytes() -> int:
-    """Bytes that one chunk of logit gradients may take."""
-    return int(float(os.environ.get("CCE_BACKWARD_CHUNK_MB", DEFAULT_CHUNK_MB)) * 2**20)
+def workspace_bytes() -> int:
+    """Bytes that a backward may take beyond its gradients."""
+    return int(float(os.environ.get("CCE_BACKWARD_WORKSPACE_MB", DEFAULT_WORKSPACE_MB)) * 1e6)
 
 
 def readable(t: Tensor, dtype: torch.dtype) -> Tensor:
@@ -34,17 +36,25 @@ def readable(t: Tensor, dtype: torch.dtype) -> Tensor:
     return padded[:, :cols]
 
 
-def _chunk_columns(n: int, device: torch.device) -> int:
-    """Columns of a chunk: as many as the budget takes, less a few where that fills the last wave of tiles better."""
-    budget = max(1, chunk_bytes() // (2 * n * _TILE_COLUMNS))
-    row_blocks = -(-n // _TILE_ROWS)
+def _chunk_columns(n: int, d: int, sums: int, device: torch.device) -> int:
+    """Columns of a chunk: at most what the workspace takes, and of those the count that leaves the fewest idle
+    multiprocessors in the last waves of its tiles.
+
+    ``sums``: bytes of the fp32 sums. Three products are made of each chunk; the recompute's tiles weigh most, those of dC
+    come next (their number depends on the chunk), those of dE do not depend on it.
+    """
+    budget = max(workspace_bytes() - sums, min(_MIN_CHUNK_BYTES, workspace_bytes()))
+    most = max(1, budget // (2 * n * _TILE_COLUMNS))
+    row_tiles, hidden_tiles = -(-n // _TILE_ROWS), -(-d // _TILE_COLUMNS)
     blocks = torch.cuda.get_device_properties(device).multi_processor_count
 
-    def fullness(tiles: int) -> float:
-        waves = -(-row_blocks * tiles // blocks)
-        return row_blocks * tiles / (waves * blocks)
+    def cost(tiles: int) -> float:
+        def waste(count: int) -> float:
+            return -(-count // blocks) * blocks / count
 
-    return max(range(budget - budget // 4, budget + 1), key=lambda t: (round(fullness(t), 3), t)) * _TILE_COLUMNS
+        return 1.7 * waste(row_tiles * tiles) + waste(2 * tiles * hidden_tiles)
+
+    return min(range(most - most // 3, most + 1), key=lambda tiles: (round(cost(tiles), 2), -tiles)) * _TILE_COLUMNS
 
 
 def _row_vector(t: Tensor | None) -> Tensor | None:
@@ -90,8 +100,9 @@ def exact_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The CUDA kernel of ``cce::linear_ce_backward``; arguments and results as its schema says.
 
-    Shapes: e (N, D), c (V, D), u (N, R), lora_b (V, R), bias (V,), the others (N,). Workspace: one chunk of (N, columns)
-    16-bit numbers (136 MB unless ``CCE_BACKWARD_CHUNK_MB`` says otherwise) and fp32 dE (N, D), dU (N, R).
+    Shapes: e (N, D), c (V, D), u (N, R), lora_b (V, R), bias (V,), the others (N,). Workspace: fp32 dE (N, D)
+    and dU (N, R), and one chunk of (N, columns) 16-bit numbers, together 280 MB unless ``CCE_BACKWARD_WORKSPACE_MB`` says
+    otherwise (or the sums alone are larger).
     """
     n, v = e.shape[0], c.shape[0]
     no_grad = [t.dtype if t is not None else torch.float32 for t in (e, c, bias, u, lora_b)]
@@ -129,7 +140,8 @@ def exact_backward(
     dbias = torch.empty_like(bias) if need_bias and bias is not None else None
 
     buffer: Tensor | None = None
-    step = _chunk_columns(n, e.device)
+    sums = 4 * sum(t.total.numel() for t in (de, du) if t is not None)
+    step = _chunk_columns(n, e.shape[1], sums, e.device)
     for first in range(0, v, step):
         last = min(first + step, v)
         columns = last - first

@@ -26,7 +26,7 @@ SHAPES = [
 
 
 @pytest.mark.parametrize("rank", [0, 1, 8, 100, 256])
-@pytest.mark.parametrize("ignored", [0.0, 0.4, 1.0])
+@pytest.mark.parametrize("ignored", [0.0, 0.4])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_every_option(dtype: torch.dtype, ignored: float, rank: int) -> None:
     shapes = itertools.cycle(SHAPES)
@@ -47,6 +47,14 @@ def test_every_option(dtype: torch.dtype, ignored: float, rank: int) -> None:
         assert diagnostics()["path"] == "compiled"
 
 
+def test_all_ignored_and_no_rows() -> None:
+    for shape in ((2, 64, 300, 40), (1, 0, 300, 40)):
+        case = Case(*shape, rank=8, dtype=torch.bfloat16, bias=True, ignored=1.0, device="cuda")
+        leaves = case.leaves()
+        for name, x in differentiate(case, ours, leaves).items():
+            assert (x == 0).all(), name
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_breaking_shapes(dtype: torch.dtype) -> None:
     """One column tile with a small softcap (padding must not count), logits far below zero, a large bias, wide rows."""
@@ -64,13 +72,14 @@ def test_breaking_shapes(dtype: torch.dtype) -> None:
 
 
 def test_logits_beyond_float16() -> None:
-    """Logits of 1e5 overflow float16 but not the float32 that they are kept in."""
+    """Logits of 1e5 overflow float16 but not the float32 that they are kept in, where neighbours are 2⁻⁷ apart."""
     e = torch.full((4, 64), 30.0, device="cuda", dtype=torch.float16)
     c = torch.full((10, 64), 52.0, device="cuda", dtype=torch.float16)
     c[3] = 53.0
     t = torch.tensor([3, 3, 0, 1], device="cuda")
     loss = linear_cross_entropy(e, c, t, reduction="none")
-    torch.testing.assert_close(loss, torch.tensor([0.0, 0.0, 1920.0, 1920.0], device="cuda"))
+    expected = torch.tensor([0.0, 0.0, 1920.0, 1920.0], device="cuda")
+    torch.testing.assert_close(loss, expected, rtol=0, atol=2.0**-6)
 
 
 @pytest.mark.parametrize("shape", [(65536, 49152, 64), (256, 4_300_000, 512)], ids=str)

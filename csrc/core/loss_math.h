@@ -24,7 +24,7 @@ CCE_HOST_DEVICE T softcap(T x, T cap, T inv_cap) {
 template <typename T>
 CCE_HOST_DEVICE T softcap_grad(T z, T inv_cap) {
   const T r = z * inv_cap;
-  return T(1) - r * r;
+  return (T(1) - r) * (T(1) + r);  // near saturation 1 - r * r would round the difference away
 }
 
 CCE_HOST_DEVICE TargetKind classify_target(int64_t target, int64_t shard_size,

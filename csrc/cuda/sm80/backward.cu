@@ -14,12 +14,18 @@ cudaError_t run(const BackwardParams& p, cudaStream_t stream) {
                         static_cast<int>(p.head.first_col), static_cast<T*>(p.dlogits), p.ld_dlogits);
 }
 
+template <typename Config>
+bool fits() {
+  return current_device().shared_bytes >= backward_shared_bytes<Config>();
+}
+
 template <typename T>
 cudaError_t choose(const BackwardParams& p, cudaStream_t stream) {
-  if (current_device().shared_bytes < backward_shared_bytes<Large>()) return run<T, Small, true>(p, stream);
   const bool plain = LogitParams(p.head.options, p.head.bias, p.head.c.rows).plain() &&
                      p.head.options.label_smoothing == 0.0;
-  return plain ? run<T, Large, false>(p, stream) : run<T, Large, true>(p, stream);
+  if (fits<Huge>()) return plain ? run<T, Huge, false>(p, stream) : run<T, Huge, true>(p, stream);
+  if (fits<Large>()) return plain ? run<T, Large, false>(p, stream) : run<T, Large, true>(p, stream);
+  return run<T, Small, true>(p, stream);
 }
 
 }  // namespace

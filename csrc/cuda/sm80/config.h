@@ -16,7 +16,9 @@ struct Config {
   static constexpr int kPipelineBytes = kStages * kStageBytes;
 };
 
-// A100, H100 and newer data-centre chips (160 KB of shared memory and more): 144 KB in three stages.
+// H100 and newer data-centre chips (227 KB of shared memory): 192 KB in four stages.
+using Huge = Config<64, 4>;
+// A100 (163 KB): 144 KB in three stages.
 using Large = Config<64, 3>;
 // GA10x, AD10x and consumer Blackwell (99 KB): 72 KB in three stages.
 using Small = Config<32, 3>;

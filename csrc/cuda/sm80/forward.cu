@@ -13,12 +13,18 @@ cudaError_t run(const ForwardParams& p, cudaStream_t stream) {
                         logits, p.partials, p.n, static_cast<int>(p.head.first_col));
 }
 
+template <typename Config>
+bool fits() {
+  return current_device().shared_bytes >= forward_shared_bytes<Config>(true);
+}
+
 template <typename T>
 cudaError_t choose(const ForwardParams& p, cudaStream_t stream) {
-  if (current_device().shared_bytes < forward_shared_bytes<Large>(true)) return run<T, Small, true>(p, stream);
   const bool plain = LogitParams(p.head.options, p.head.bias, p.head.c.rows).plain() && !p.partials.logit_sum &&
                      !p.partials.weighted;
-  return plain ? run<T, Large, false>(p, stream) : run<T, Large, true>(p, stream);
+  if (fits<Huge>()) return plain ? run<T, Huge, false>(p, stream) : run<T, Huge, true>(p, stream);
+  if (fits<Large>()) return plain ? run<T, Large, false>(p, stream) : run<T, Large, true>(p, stream);
+  return run<T, Small, true>(p, stream);
 }
 
 }  // namespace
