@@ -16,6 +16,7 @@ from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).resolve().parent
 OPS_LIBRARY = "cce_ext.libcce_ops"
@@ -43,11 +44,20 @@ def torch_is_here_to_stay() -> bool:
     return bool(spec and spec.origin and environment in Path(spec.origin).resolve().parents)
 
 
+class FreshBuildPy(build_py):
+    """Starts from an empty folder: a file deleted since the last build stays out of the wheel."""
+
+    def run(self) -> None:
+        if not self.editable_mode:
+            shutil.rmtree(self.build_lib, ignore_errors=True)
+        super().run()
+
+
 class CMakeBuild(build_ext):
     """Runs CMake once and copies its results to where setuptools wants each extension."""
 
     def get_ext_filename(self, fullname: str) -> str:
-        # libcce_ops.so serves every Python: no ABI tag. setuptools asks with and without the package.
+        # libcce_ops.so serves every Python: no ABI tag. setuptools asks with and without package.
         if fullname.rpartition(".")[2] == OPS_LIBRARY.rpartition(".")[2]:
             return str(Path(*fullname.split("."))) + ".so"
         return super().get_ext_filename(fullname)
@@ -85,5 +95,5 @@ class CMakeBuild(build_ext):
 
 setup(
     ext_modules=[Extension(OPS_LIBRARY, sources=[]), Extension(FACTS_MODULE, sources=[])],
-    cmdclass={"build_ext": CMakeBuild},
+    cmdclass={"build_ext": CMakeBuild, "build_py": FreshBuildPy},
 )

@@ -117,7 +117,7 @@ def _gpu_reason(facts: dict[str, Any]) -> str:
 
 
 def _driver_version() -> int:
-    """CUDA version that the driver supports, 1000 * major + 10 * minor; 0 where it cannot be asked."""
+    """CUDA version that the driver supports, 1000 * major + 10 * minor; 0 if it is unknown."""
     version = ctypes.c_int(0)
     try:
         ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(version))
