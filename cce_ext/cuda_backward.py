@@ -36,7 +36,7 @@ def readable(t: Tensor, dtype: torch.dtype) -> Tensor:
     return padded[:, :cols]
 
 
-def _chunk_columns(n: int, d: int, sums: int, device: torch.device) -> int:
+def _chunk_columns(n: int, v: int, d: int, sums: int, device: torch.device) -> int:
     """Columns of a chunk: at most what the workspace takes, and of those the count that leaves the fewest idle
     multiprocessors in the last waves of its tiles.
 
@@ -45,6 +45,10 @@ def _chunk_columns(n: int, d: int, sums: int, device: torch.device) -> int:
     """
     budget = max(workspace_bytes() - sums, min(_MIN_CHUNK_BYTES, workspace_bytes()))
     most = max(1, budget // (2 * n * _TILE_COLUMNS))
+    if most >= -(-v // _TILE_COLUMNS):
+        return v  # everything in one chunk
+    if most > 256:
+        return most * _TILE_COLUMNS  # many small waves: nothing to gain
     row_tiles, hidden_tiles = -(-n // _TILE_ROWS), -(-d // _TILE_COLUMNS)
     blocks = torch.cuda.get_device_properties(device).multi_processor_count
 
@@ -141,7 +145,7 @@ def exact_backward(
 
     buffer: Tensor | None = None
     sums = 4 * sum(t.total.numel() for t in (de, du) if t is not None)
-    step = _chunk_columns(n, e.shape[1], sums, e.device)
+    step = _chunk_columns(n, v, e.shape[1], sums, e.device)
     for first in range(0, v, step):
         last = min(first + step, v)
         columns = last - first

@@ -12,7 +12,7 @@
 namespace cce::torch_api {
 namespace {
 
-constexpr int64_t kForwardRows = 256, kForwardCols = 2048;
+constexpr int64_t kForwardRows = 1024, kForwardCols = 2048;
 constexpr int64_t kBackwardRows = 2048, kBackwardCols = 1024;
 
 // Without 512-bit bf16 instructions PyTorch's bf16 matmul is slower than converting a block and using fp32; its fp16
