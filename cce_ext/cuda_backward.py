@@ -36,12 +36,10 @@ def readable(t: Tensor, dtype: torch.dtype) -> Tensor:
     return padded[:, :cols]
 
 
-def _chunk_columns(n: int, v: int, d: int, sums: int, device: torch.device) -> int:
-    """Columns of a chunk: at most what the workspace takes, and of those the count that leaves the fewest idle
-    multiprocessors in the last waves of its tiles.
+def _chunk_columns(n: int, v: int, sums: int, device: torch.device) -> int:
+    """Columns of a chunk: at most what the workspace takes, and of those the count whose tiles fill whole waves best.
 
-    ``sums``: bytes of the fp32 sums. Three products are made of each chunk; the recompute's tiles weigh most, those of dC
-    come next (their number depends on the chunk), those of dE do not depend on it.
+    ``sums``: bytes of the fp32 sums.
     """
     budget = max(workspace_bytes() - sums, min(_MIN_CHUNK_BYTES, workspace_bytes()))
     most = max(1, budget // (2 * n * _TILE_COLUMNS))
@@ -49,16 +47,14 @@ def _chunk_columns(n: int, v: int, d: int, sums: int, device: torch.device) -> i
         return v  # everything in one chunk
     if most > 256:
         return most * _TILE_COLUMNS  # many small waves: nothing to gain
-    row_tiles, hidden_tiles = -(-n // _TILE_ROWS), -(-d // _TILE_COLUMNS)
+    row_tiles = -(-n // _TILE_ROWS)
     blocks = torch.cuda.get_device_properties(device).multi_processor_count
 
-    def cost(tiles: int) -> float:
-        def waste(count: int) -> float:
-            return -(-count // blocks) * blocks / count
+    def fullness(tiles: int) -> float:
+        count = row_tiles * tiles
+        return round(count / (-(-count // blocks) * blocks), 2)
 
-        return 1.7 * waste(row_tiles * tiles) + waste(2 * tiles * hidden_tiles)
-
-    return min(range(most - most // 3, most + 1), key=lambda tiles: (round(cost(tiles), 2), -tiles)) * _TILE_COLUMNS
+    return max(range(most - most // 3, most + 1), key=lambda tiles: (fullness(tiles), tiles)) * _TILE_COLUMNS
 
 
 def _row_vector(t: Tensor | None) -> Tensor | None:
@@ -145,7 +141,7 @@ def exact_backward(
 
     buffer: Tensor | None = None
     sums = 4 * sum(t.total.numel() for t in (de, du) if t is not None)
-    step = _chunk_columns(n, v, e.shape[1], sums, e.device)
+    step = _chunk_columns(n, v, sums, e.device)
     for first in range(0, v, step):
         last = min(first + step, v)
         columns = last - first
