@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import functools
 import os
 import re
@@ -179,7 +180,9 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     if not (ROOT / "setup.py").exists() or not (ROOT / "build" / "cmake").exists():
         pytest.skip("no build folder here: the sources would be compiled anew")
     folder = tmp_path_factory.mktemp("dist")
-    run(sys.executable, "-m", "build", "--wheel", "--no-isolation", "-o", folder, cwd=ROOT)
+    with open(ROOT / "build" / "wheel.lock", "w") as lock:  # other workers use the same folder
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        run(sys.executable, "-m", "build", "--wheel", "--no-isolation", "-o", folder, cwd=ROOT)
     (path,) = folder.glob("*.whl")
     return path
 
