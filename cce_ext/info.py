@@ -139,6 +139,8 @@ def _capability_reason(name: str) -> str:
 
 
 def _triton_backend() -> Backend:
+    if importlib.util.find_spec("cce_ext.triton") is None:
+        return Backend("triton", False, False, "this version of cce_ext has no Triton kernels")
     if importlib.util.find_spec("triton") is None:
         return Backend("triton", False, False, "the triton package is not installed")
     if os.environ.get("TRITON_INTERPRET") == "1" or torch.cuda.is_available():
