@@ -162,9 +162,12 @@ class Comparison:
 
 def repeats(case: Case) -> int:
     """How many random draws of a case are pooled: in 16 bit the error of a handful of numbers is luck, ours and eager's
-    alike, and on a GPU the slack is too small to cover it."""
-    enough = case.batch * case.length >= 64 and case.vocab >= 16 and case.hidden >= 8
-    return 1 if enough or case.device == "cpu" else 4
+    alike, and on a GPU the slack is too small to cover it. Enough draws for some 64 tokens that count."""
+    if case.device == "cpu":
+        return 1
+    tokens = case.batch * case.length * (1 - case.ignored)
+    narrow = case.vocab < 16 or case.hidden < 8 or case.rank == 1
+    return max(8 if narrow else 1, min(32, math.ceil(64 / tokens) if tokens else 1))
 
 
 def compare(case: Case, run: Callable = ours) -> Comparison:

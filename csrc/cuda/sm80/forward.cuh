@@ -52,6 +52,7 @@ __device__ __forceinline__ void fold_rows(const float (&acc)[Config::kAccumulato
   for (int h = 0; h < 2; ++h) {
     const int r = row + 8 * h;
     const float old = s.max[group][r];
+    __syncwarp();  // the whole quad has read it before one lane writes it
     const float top = quad_max(thread_max(acc, h));
     const RowState tile{top * scale, 0.0f};
     const float max = fmaxf(old, tile.max), reference = finite_reference(max);
