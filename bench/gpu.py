@@ -1,7 +1,8 @@
-"""Speed and memory on one GPU, as ratios to the matmul alone in the same run: ``python -m bench.gpu [--json FILE]``.
+"""Speed and memory on one GPU, as ratios to the matmul alone in the same run: ``python -m bench.gpu
+[--json FILE]``.
 
-The matmul is ``torch.mm(E, C.T, out=bf16)`` at the same shape; medians over several runs on random data. Memory is the peak
-beyond inputs, and for backward kinds beyond the gradients too.
+The matmul is ``torch.mm(E, C.T, out=bf16)`` at the same shape; medians over several runs on random
+data. Memory is the peak beyond inputs, and for backward kinds beyond the gradients too.
 """
 
 from __future__ import annotations
@@ -52,8 +53,15 @@ def peak_mb(run: Callable[[], object]) -> float:
     return peak / 1e6
 
 
+def matmul_ms(e: torch.Tensor, c: torch.Tensor, repeats: int) -> list[float]:
+    """Times of the matmul alone, which stores the logits (N, V) in e's dtype."""
+    out = torch.empty(e.shape[0], c.shape[0], device=e.device, dtype=e.dtype)
+    return time_ms(lambda: torch.mm(e, c.T, out=out), repeats)
+
+
 def measure(name: str, n: int, dtype: torch.dtype, rank: int, repeats: int) -> list[dict]:
-    """Rows of the table for one shape: the matmul, the forward, forward + exact backward, the LoRA head's step."""
+    """Rows of the table for one shape: the matmul, the forward, forward + exact backward, the LoRA
+    head's step."""
     v, d = SHAPES[name]
     e = torch.randn(n, d, device="cuda", dtype=dtype, requires_grad=True)
     c = (torch.randn(v, d, device="cuda", dtype=dtype) * d**-0.5).requires_grad_()
@@ -61,10 +69,7 @@ def measure(name: str, n: int, dtype: torch.dtype, rank: int, repeats: int) -> l
     a = torch.randn(rank, d, device="cuda", requires_grad=True)
     b = (torch.randn(v, rank, device="cuda") * 1e-2).requires_grad_()
     frozen = c.detach()
-    out = torch.empty(n, v, device="cuda", dtype=dtype)
-    with torch.no_grad():
-        matmul = statistics.median(time_ms(lambda: torch.mm(e, c.T, out=out), repeats))
-    del out
+    matmul = statistics.median(matmul_ms(e.detach(), frozen, repeats))
 
     def forward(**options: float) -> torch.Tensor:
         with torch.no_grad():
@@ -74,7 +79,9 @@ def measure(name: str, n: int, dtype: torch.dtype, rank: int, repeats: int) -> l
         return torch.autograd.grad(linear_cross_entropy(e, c, t, filter_eps=None), (e, c))
 
     def lora_step() -> tuple[torch.Tensor, ...]:
-        loss = linear_cross_entropy(e, frozen, t, filter_eps=None, lora_a=a, lora_b=b, lora_scale=2.0)
+        loss = linear_cross_entropy(
+            e, frozen, t, filter_eps=None, lora_a=a, lora_b=b, lora_scale=2.0
+        )
         return torch.autograd.grad(loss, (e, a, b))
 
     size = e.element_size()
@@ -82,9 +89,22 @@ def measure(name: str, n: int, dtype: torch.dtype, rank: int, repeats: int) -> l
         "forward": (forward, 0),
         "forward, softcap 30": (lambda: forward(softcap=30.0), 0),
         "forward + exact backward": (step, size * (e.numel() + c.numel())),
-        f"LoRA head R={rank}, forward + exact backward": (lora_step, size * e.numel() + 4 * (a.numel() + b.numel())),
+        f"LoRA head R={rank}, forward + exact backward": (
+            lora_step,
+            size * e.numel() + 4 * (a.numel() + b.numel()),
+        ),
     }
-    rows = [{"shape": name, "n": n, "kind": "matmul", "ms": matmul, "ratio": 1.0, "spread": 0.0, "memory_mb": 0.0}]
+    rows = [
+        {
+            "shape": name,
+            "n": n,
+            "kind": "matmul",
+            "ms": matmul,
+            "ratio": 1.0,
+            "spread": 0.0,
+            "memory_mb": 0.0,
+        }
+    ]
     for kind, (run, gradients) in kinds.items():
         times = time_ms(run, repeats)
         median = statistics.median(times)
@@ -118,8 +138,12 @@ def main() -> None:
         rows += measure(name, args.n, getattr(torch, args.dtype), args.rank, args.repeats)
         torch.cuda.empty_cache()
     facts = build_info()
-    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, commit {facts.get('git_commit', 'unknown')}")
-    print(f"{'shape':<14}{'N':>7} {'kind':<44}{'ms':>9}{'x matmul':>10}{'spread':>8}{'extra MB':>10}")
+    print(
+        f"{torch.cuda.get_device_name()}, torch {torch.__version__}, commit {facts.get('git_commit', 'unknown')}"
+    )
+    print(
+        f"{'shape':<14}{'N':>7} {'kind':<44}{'ms':>9}{'x matmul':>10}{'spread':>8}{'extra MB':>10}"
+    )
     for r in rows:
         print(
             f"{r['shape']:<14}{r['n']:>7} {r['kind']:<44}{r['ms']:>9.2f}{r['ratio']:>10.3f}{r['spread']:>8.1%}"
@@ -127,7 +151,11 @@ def main() -> None:
         )
     if args.json:
         with open(args.json, "w") as f:
-            json.dump({"device": torch.cuda.get_device_name(), "torch": torch.__version__, "rows": rows}, f, indent=1)
+            json.dump(
+                {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "rows": rows},
+                f,
+                indent=1,
+            )
 
 
 if __name__ == "__main__":

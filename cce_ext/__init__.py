@@ -1,4 +1,5 @@
-"""Linear cross-entropy without stored logits: :func:`linear_cross_entropy` and its custom op ``torch.ops.cce.linear_ce``."""
+"""Linear cross-entropy without stored logits: :func:`linear_cross_entropy` and its custom op
+``torch.ops.cce.linear_ce``."""
 
 from cce_ext import ops as _ops
 from cce_ext._version import __version__

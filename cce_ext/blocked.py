@@ -1,7 +1,9 @@
-"""The blocked path: the same algorithm in plain PyTorch operators, for devices and dtypes without compiled kernels.
+"""The blocked path: the same algorithm in plain PyTorch operators, for devices and dtypes without
+compiled kernels.
 
-A block of logits (at most 2048 x 8192 numbers, 64 MB in float32) is made by a matmul and folded into per-row statistics; the
-backward recomputes it. Ignored rows are masked, not left out: finding them would make the host wait for the device.
+A block of logits (at most 2048 x 8192 numbers, 64 MB in float32) is made by a matmul and folded
+into per-row statistics; the backward recomputes it. Ignored rows are masked, not left out: finding
+them would make the host wait for the device.
 """
 
 from __future__ import annotations
@@ -125,14 +127,23 @@ def _forward_rows(call: _Call, rows: slice, metrics: bool) -> tuple[Tensor, ...]
     )
 
 
-def backward(dnll: Tensor | None, dlse: Tensor | None, e: Tensor, c: Tensor, targets: Tensor, lse: Tensor, *rest: object):
+def backward(
+    dnll: Tensor | None,
+    dlse: Tensor | None,
+    e: Tensor,
+    c: Tensor,
+    targets: Tensor,
+    lse: Tensor,
+    *rest: object,
+):
     """``cce::blocked_ce_backward``; arguments and results as ``cce::linear_ce_backward``."""
     call = _Call(e, c, targets, *rest[:9])
     needs = rest[9:]
     acc = accumulate_dtype(e)
     inputs = (e, c, call.bias, call.u, call.lora_b)
     sums = [
-        t.new_zeros(t.shape, dtype=acc) if need and t is not None else None for t, need in zip(inputs, needs, strict=True)
+        t.new_zeros(t.shape, dtype=acc) if need and t is not None else None
+        for t, need in zip(inputs, needs, strict=True)
     ]
     de, dc, dbias, du, db = sums
     valid = call.valid()
@@ -159,7 +170,9 @@ def backward(dnll: Tensor | None, dlse: Tensor | None, e: Tensor, c: Tensor, tar
             if db is not None:
                 db[columns] += g.T @ call.u[rows]
     return tuple(
-        total.to(t.dtype) if total is not None else e.new_empty(0, dtype=torch.float32 if t is None else t.dtype)
+        total.to(t.dtype)
+        if total is not None
+        else e.new_empty(0, dtype=torch.float32 if t is None else t.dtype)
         for total, t in zip(sums, inputs, strict=True)
     )
 
@@ -169,7 +182,10 @@ def _dlogits(
 ) -> Tensor:
     """dloss/dproduct of one block: (a p - d ((1 - eps) [j = t] + eps / V)) softcap' logit_scale."""
     z = call.logits(rows, columns)
-    g = a[:, None] * torch.exp(z - lse[:, None]) - (d * (call.label_smoothing / call.vocab))[:, None]
+    g = (
+        a[:, None] * torch.exp(z - lse[:, None])
+        - (d * (call.label_smoothing / call.vocab))[:, None]
+    )
     here = (local >= columns.start) & (local < columns.stop)
     hit = torch.where(here, d * (1 - call.label_smoothing), 0)
     g.scatter_add_(1, torch.where(here, local - columns.start, 0)[:, None], -hit[:, None])

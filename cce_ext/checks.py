@@ -11,10 +11,10 @@ from torch import Tensor
 from cce_ext.options import LossOptions
 
 _DTENSOR_MESSAGE = (
-    "{name} is a torch.distributed.tensor.DTensor, which linear_cross_entropy cannot take from outside the head. Call it "
-    "inside the head module's own forward, where FSDP2 and tensor parallelism have already gathered or localised the "
-    "weight (cce_ext.transformers.cce_patch does this for a whole model), or pass {name}.to_local() together with "
-    "vocab_parallel_options for a classifier sharded over the vocabulary."
+    "{name} is a torch.distributed.tensor.DTensor, which linear_cross_entropy cannot take from "
+    "outside the head. Call it inside the head module's own forward, where FSDP2 and tensor "
+    "parallelism have already gathered or localised the weight, or pass {name}.to_local() together "
+    "with vocab_parallel_options for a classifier sharded over the vocabulary."
 )
 _REDUCTIONS = ("mean", "sum", "none")
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
@@ -29,11 +29,13 @@ def _is_dtensor(t: Any) -> bool:
     return any(base.__name__ == "DTensor" for base in type(t).__mro__[:-1])
 
 
-def check_number(name: str, value: Any, low: float | None = None, high: float | None = None) -> float:
+def check_number(
+    name: str, value: Any, low: float | None = None, high: float | None = None
+) -> float:
     """``value`` as a float, if it is a finite real number in [low, high]."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
-    if not math.isfinite(value):
+    if not -math.inf < value < math.inf:  # math.isfinite would break a compiled graph
         raise ValueError(f"{name} must be finite, got {value}")
     if low is not None and value < low or high is not None and value > high:
         wanted = f"at least {low:g}" if high is None else f"in [{low:g}, {high:g}]"
@@ -75,8 +77,8 @@ def check_shift(shift: bool | int, targets: Tensor) -> int:
 def check_bias_type(bias: Any) -> None:
     if bias is not None and not isinstance(bias, Tensor):
         raise TypeError(
-            f"bias (the 4th positional argument) must be a Tensor or None, got {type(bias).__name__}. Callers from before "
-            "bias existed: pass ignore_index=... by name."
+            f"bias (the 4th positional argument) must be a Tensor or None, got {type(bias).__name__}. "
+            "Callers from before bias existed: pass ignore_index=... by name."
         )
 
 
@@ -130,7 +132,9 @@ def check_low_rank(e: Tensor, c: Tensor, lora_a: Any, lora_b: Any, lora_scale: A
 
 def _check_matrix(name: str, t: Tensor, shape: str, columns: int, e: Tensor) -> None:
     if t.dim() != 2 or t.shape[1] != columns:
-        raise ValueError(f"{name} must have shape {shape} with D = {columns}, e's last dimension; got {_shape(t)}")
+        raise ValueError(
+            f"{name} must have shape {shape} with D = {columns}, e's last dimension; got {_shape(t)}"
+        )
     _check_like(name, t, e)
 
 
@@ -143,7 +147,9 @@ def _check_like(name: str, t: Tensor, e: Tensor) -> None:
 
 def check_dtypes(e: Tensor, c: Tensor) -> None:
     if e.dtype != c.dtype and not torch.is_autocast_enabled(e.device.type):
-        raise TypeError(f"c must have e's dtype, {e.dtype}, got {c.dtype}; cast one of them, or use torch.autocast")
+        raise TypeError(
+            f"c must have e's dtype, {e.dtype}, got {c.dtype}; cast one of them, or use torch.autocast"
+        )
 
 
 def check_target_range(targets: Tensor, vocab: int, ignore_index: int) -> None:
@@ -155,4 +161,6 @@ def check_target_range(targets: Tensor, vocab: int, ignore_index: int) -> None:
     outside = ((targets < 0) | (targets >= vocab)) & (targets != ignore_index)
     if bool(outside.any()):
         first = targets[outside][0].item()
-        raise IndexError(f"targets: {first} is out of range, expected [0, {vocab}) or ignore_index = {ignore_index}")
+        raise IndexError(
+            f"targets: {first} is out of range, expected [0, {vocab}) or ignore_index = {ignore_index}"
+        )

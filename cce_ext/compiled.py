@@ -1,4 +1,5 @@
-"""impl="torch_compile": the eager formula under torch.compile, which fuses what follows the matmul. It stores the logits."""
+"""impl="torch_compile": the eager formula under torch.compile, which fuses what follows the matmul.
+It stores the logits."""
 
 from __future__ import annotations
 

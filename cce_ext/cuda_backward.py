@@ -1,8 +1,9 @@
 """The exact backward on CUDA: logit gradients chunk by chunk, then ordinary matmuls.
 
-Method: for a stretch of the vocabulary, ``cce::dlogits_`` recomputes the logits with the forward's own mainloop and writes
-their gradient G as a 16-bit chunk of bounded size; then dC = Gᵀ E and dE += G C (likewise dB, dU, dbias), accumulated in
-fp32 over the chunks. Nothing waits for the device.
+Method: for a stretch of the vocabulary, ``cce::dlogits_`` recomputes the logits with the forward's
+    own mainloop and writes
+their gradient G as a 16-bit chunk of bounded size; then dC = Gᵀ E and dE += G C (likewise dB, dU,
+dbias), accumulated in fp32 over the chunks. Nothing waits for the device.
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ from torch import Tensor
 
 # Tile of the kernels: a chunk is a whole number of column tiles.
 _TILE_ROWS, _TILE_COLUMNS = 128, 256
-# Bytes of workspace, fp32 sums included; CCE_BACKWARD_WORKSPACE_MB (in MB of 10⁶ bytes) overrides it.
+# Bytes of workspace, fp32 sums included; CCE_BACKWARD_WORKSPACE_MB (in MB of 10⁶ bytes) overrides
+# it.
 DEFAULT_WORKSPACE_MB = 280
 # A chunk never gets less than this, however large the sums are.
 _MIN_CHUNK_BYTES = 100_000_000
@@ -26,7 +28,8 @@ def workspace_bytes() -> int:
 
 
 def readable(t: Tensor, dtype: torch.dtype) -> Tensor:
-    """``t`` (rows, cols) as the kernels read it: 16-bit, rows at multiples of 16 bytes; a copy only where needed."""
+    """``t`` (rows, cols) as the kernels read it: 16-bit, rows at multiples of 16 bytes; a copy only
+    where needed."""
     aligned = t.stride(1) == 1 and t.stride(0) % 8 == 0 and t.data_ptr() % 16 == 0
     if t.dtype == dtype and aligned:
         return t
@@ -37,7 +40,8 @@ def readable(t: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _chunk_columns(n: int, v: int, sums: int, device: torch.device) -> int:
-    """Columns of a chunk: at most what the workspace takes, and of those the count whose tiles fill whole waves best.
+    """Columns of a chunk: at most what the workspace takes, and of those the count whose tiles fill
+    whole waves best.
 
     ``sums``: bytes of the fp32 sums.
     """
@@ -54,7 +58,10 @@ def _chunk_columns(n: int, v: int, sums: int, device: torch.device) -> int:
         count = row_tiles * tiles
         return round(count / (-(-count // blocks) * blocks), 2)
 
-    return max(range(most - most // 3, most + 1), key=lambda tiles: (fullness(tiles), tiles)) * _TILE_COLUMNS
+    return (
+        max(range(most - most // 3, most + 1), key=lambda tiles: (fullness(tiles), tiles))
+        * _TILE_COLUMNS
+    )
 
 
 def _row_vector(t: Tensor | None) -> Tensor | None:
@@ -100,9 +107,10 @@ def exact_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The CUDA kernel of ``cce::linear_ce_backward``; arguments and results as its schema says.
 
-    Shapes: e (N, D), c (V, D), u (N, R), lora_b (V, R), bias (V,), the others (N,). Workspace: fp32 dE (N, D)
-    and dU (N, R), and one chunk of (N, columns) 16-bit numbers, together 280 MB unless ``CCE_BACKWARD_WORKSPACE_MB`` says
-    otherwise (or the sums alone are larger).
+    Shapes: e (N, D), c (V, D), u (N, R), lora_b (V, R), bias (V,), the others (N,). Workspace: fp32
+        dE (N, D)
+    and dU (N, R), and one chunk of (N, columns) 16-bit numbers, together 280 MB unless
+    ``CCE_BACKWARD_WORKSPACE_MB`` says otherwise (or the sums alone are larger).
     """
     n, v = e.shape[0], c.shape[0]
     no_grad = [t.dtype if t is not None else torch.float32 for t in (e, c, bias, u, lora_b)]
@@ -136,7 +144,11 @@ def exact_backward(
     de = _RowSum(e, e.shape[1]) if need_e else None
     du = _RowSum(e, u.shape[1]) if need_u and u is not None else None
     dc = torch.empty(c.shape, device=c.device, dtype=c.dtype) if need_c else None
-    db = torch.empty(lora_b.shape, device=c.device, dtype=lora_b.dtype) if need_lora_b and lora_b is not None else None
+    db = (
+        torch.empty(lora_b.shape, device=c.device, dtype=lora_b.dtype)
+        if need_lora_b and lora_b is not None
+        else None
+    )
     dbias = torch.empty_like(bias) if need_bias and bias is not None else None
 
     buffer: Tensor | None = None
@@ -186,5 +198,6 @@ def exact_backward(
         db,
     )
     return tuple(
-        r if r is not None else e.new_empty(0, dtype=d) for r, d in zip(results, no_grad, strict=True)
+        r if r is not None else e.new_empty(0, dtype=d)
+        for r, d in zip(results, no_grad, strict=True)
     )

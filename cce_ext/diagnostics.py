@@ -1,4 +1,5 @@
-"""What the last call of linear_cross_entropy in this process did, for users who wonder which path they are on."""
+"""What the last call of linear_cross_entropy in this process did, for users who wonder which path
+they are on."""
 
 from __future__ import annotations
 
@@ -18,8 +19,9 @@ def record(**facts: Any) -> None:
 
 
 def diagnostics() -> dict[str, Any]:
-    """Facts of the last call: path (compiled, blocked, triton, reference, torch_compile or module), reason (why not the
-    compiled path; empty if it was), device, dtype, shape (N, V, D, R) and filter (the resolved threshold and what it may
-    filter; the backward is exact on every device today). Empty before the first call and for compiled callers.
+    """Facts of the last call: path (compiled, blocked, triton, reference, torch_compile or module),
+    reason (why not the compiled path; empty if it was), device, dtype, shape (N, V, D, R) and
+    filter (the resolved threshold and what it may filter; the backward is exact on every device
+    today). Empty before the first call and for compiled callers.
     """
     return dict(_last)

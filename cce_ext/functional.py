@@ -27,8 +27,9 @@ _COMPILED_DTYPES = {
 class TokenMetrics(NamedTuple):
     """Per-token facts, without gradient, in the shape of the unreduced loss.
 
-    logprob: log-probability of the target (float); argmax: most likely token (int64, -1 at ignored tokens); correct: argmax
-    is the target (bool); entropy: of the predicted distribution, in nats. Zeros at ignored tokens.
+    logprob: log-probability of the target (float); argmax: most likely token (int64, -1 at ignored
+    tokens); correct: argmax is the target (bool); entropy: of the predicted distribution, in nats.
+    Zeros at ignored tokens.
     """
 
     logprob: Tensor
@@ -65,43 +66,53 @@ def linear_cross_entropy(
 ) -> Tensor | tuple:
     """Cross-entropy of a linear output layer, without ever storing its logits.
 
-    Computes ``F.cross_entropy(softcap(logit_scale * (e @ c.T + lora_scale * (e @ lora_a.T) @ lora_b.T + bias)), targets)``
-    and its gradients. Method: cut cross-entropy (Wijmans et al., arXiv 2411.09009); the low-rank head is a longer
-    inner dimension, [E, U] [C, B]ᵀ with U = lora_scale * E Aᵀ.
+    Computes ``F.cross_entropy(softcap(logit_scale * (e @ c.T + lora_scale * (e @ lora_a.T) @
+    lora_b.T + bias)), targets)`` and its gradients. Method: cut cross-entropy (Wijmans et al.,
+    arXiv 2411.09009); the low-rank head is a longer inner dimension, [E, U] [C, B]ᵀ with U =
+    lora_scale * E Aᵀ.
 
     Args:
         e: hidden states (..., D); float64, float32, bfloat16 or float16.
-        c: classifier (V, D) in e's dtype, **or the output layer itself**: an nn.Linear, a PEFT LoRA layer (its adapters are
-            fused and trained) or a ModulesToSaveWrapper. Do not pass ``.weight`` of a PEFT layer: that is the frozen base.
+        c: classifier (V, D) in e's dtype, **or the output layer itself**: an nn.Linear, a PEFT LoRA
+            layer (its adapters are fused and trained) or a ModulesToSaveWrapper. Do not pass
+            ``.weight`` of a PEFT layer: that is the frozen base.
         targets: token ids (...), integers in [0, V) or ignore_index.
         bias: (V,), any floating dtype.
-        ignore_index: target value of tokens that do not count; they cost no matmul and get exactly zero gradients.
+        ignore_index: target value of tokens that do not count; they cost no matmul and get exactly
+            zero gradients.
         softcap: logits become softcap * tanh(logits / softcap). None: not.
-        reduction: "mean" over the tokens that count, "sum" or "none" (targets' shape, zeros at ignored tokens).
-        shift: position i predicts the target at i + shift; True is 1. Nothing is copied for it; with "none" the result is
-            shorter by shift.
-        return_lse: also return the logsumexp of each token's logits, differentiable (for the z-loss).
-        filter_eps: probability from which the default backward keeps an entry: "auto" (2⁻¹³ for bfloat16; 2⁻¹⁵ for float16
-            and low-rank heads), "high" (2⁻¹⁵), a number, or None for the exact gradient. The backward is exact on every
-            device today; the option is checked and recorded for the sparse one.
+        reduction: "mean" over the tokens that count, "sum" or "none" (targets' shape, zeros at
+            ignored tokens).
+        shift: position i predicts the target at i + shift; True is 1. Nothing is copied for it;
+            with "none" the result is shorter by shift.
+        return_lse: also return the logsumexp of each token's logits, differentiable (for the
+            z-loss).
+        filter_eps: probability from which the default backward keeps an entry: "auto" (2⁻¹³ for
+            bfloat16; 2⁻¹⁵ for float16 and low-rank heads), "high" (2⁻¹⁵), a number, or None for the
+            exact gradient. The backward is exact on every device today; the option is checked and
+            recorded for the sparse one.
         accum_e_fp32, accum_c_fp32: accepted for compatibility; sums are always float32 or better.
         filter_e_grad, filter_c_grad: whether the filter may act on the gradient of e, of c.
-        impl: "cce" (default), a preset of it ("cce_exact", "cce_kahan", "cce_kahan_full", "cce_kahan_full_c",
-            "cce_kahan_full_e", "cce_kahan_full_c_full_e"), "torch_compile" or "reference" (both store logits), "triton".
-        vocab_parallel_options: this rank holds rows [start, stop) of the classifier (and of bias and lora_b).
-        lora_a: (R, D), any floating dtype and strides. lora_b: (V, R). lora_scale: factor of the update.
+        impl: "cce" (default), a preset of it ("cce_exact", "cce_kahan", "cce_kahan_full",
+            "cce_kahan_full_c", "cce_kahan_full_e", "cce_kahan_full_c_full_e"), "torch_compile" or
+            "reference" (both store logits). "triton" is reserved and raises NotImplementedError.
+        vocab_parallel_options: this rank holds rows [start, stop) of the classifier (and of bias
+            and lora_b).
+        lora_a: (R, D), any floating dtype and strides. lora_b: (V, R). lora_scale: factor of the
+            update.
         logit_scale: factor of the logits, before the softcap.
         label_smoothing: weight of the uniform distribution in the target, in [0, 1].
         num_items: turns "mean" into sum / num_items (gradient accumulation).
         return_metrics: also return :class:`TokenMetrics`.
 
     Returns:
-        The loss, float32 (float64 for float64 inputs); then lse and metrics if asked for. No token that counts: "mean" is 0
-        with zero gradients.
+        The loss, float32 (float64 for float64 inputs); then lse and metrics if asked for. No token
+        that counts: "mean" is 0 with zero gradients.
 
     Raises:
         TypeError, ValueError: an argument that does not fit, by name.
-        IndexError: a target outside [0, V) on a CPU; on a GPU its loss is NaN instead, because a check would wait.
+        IndexError: a target outside [0, V) on a CPU; on a GPU its loss is NaN instead, because a
+            check would wait.
         RuntimeError: CUDA tensors and no CUDA kernels; double backward.
     """
     checks.check_bias_type(bias)
@@ -124,7 +135,9 @@ def linear_cross_entropy(
         targets = F.pad(targets[..., shift:], (0, shift), value=ignore_index)
     flat_targets = targets.reshape(-1)
     flat_e = e.reshape(flat_targets.shape[0], e.shape[-1])
-    resolved = resolve_filter(name, filter_eps, filter_e_grad, filter_c_grad, e.dtype, bool(head.adapters))
+    resolved = resolve_filter(
+        name, filter_eps, filter_e_grad, filter_c_grad, e.dtype, bool(head.adapters)
+    )
     facts = dict(
         device=str(e.device),
         dtype=str(e.dtype),
@@ -158,7 +171,9 @@ def _head(
 ) -> Head:
     """``c`` as tensors, with an explicit bias and low-rank update joined to it."""
     if not isinstance(c, nn.Module):
-        checks.check_tensors(e, c, e.new_empty(e.shape[:-1], dtype=torch.int64) if isinstance(e, Tensor) else e, bias)
+        checks.check_tensors(
+            e, c, e.new_empty(e.shape[:-1], dtype=torch.int64) if isinstance(e, Tensor) else e, bias
+        )
         scale = checks.check_low_rank(e, c, lora_a, lora_b, lora_scale)
         return Head(c, bias, () if lora_a is None else (Adapter(lora_a, lora_b, scale),))
     head = resolve_head(c)
@@ -172,23 +187,28 @@ def _head(
     return head._replace(adapters=(*head.adapters, Adapter(lora_a, lora_b, scale)))
 
 
-@functools.lru_cache(maxsize=64)
+# The answer never changes within a process: torch.compile may ask while it traces and keep it.
+@torch.compiler.assume_constant_result
 def _compiled_reason(device: torch.device, dtype: torch.dtype) -> str:
-    """Why the compiled ops cannot take these tensors, or ''.
+    """Why the compiled ops cannot take these tensors, or ''; asked once a device and dtype."""
+    return _find_reason(device, dtype)
 
-    Raises:
-        RuntimeError: CUDA tensors, and the compiled library has no CUDA kernels at all.
+
+@functools.lru_cache(maxsize=64)
+def _find_reason(device: torch.device, dtype: torch.dtype) -> str:
+    """Raises:
+    RuntimeError: CUDA tensors, and the compiled library has no CUDA kernels at all.
     """
     if device.type not in _COMPILED_DTYPES:
         return f"no compiled kernels for {device.type} tensors"
     if device.type == "cuda":
-        table = {backend.name: backend for backend in info.backends()}
-        gpu = [backend for name, backend in table.items() if name.startswith("sm")]
-        if not any(backend.compiled for backend in gpu):
-            reasons = "\n".join(f"  {backend.name}: {backend.reason}" for backend in table.values() if backend.reason)
+        table = info.backends()
+        if not any(backend.compiled for backend in table if backend.name.startswith("sm")):
+            reasons = "\n".join(f"  {b.name}: {b.reason}" for b in table if b.reason)
             raise RuntimeError(
-                f"e is on {device}, and this installation of cce_ext has no CUDA kernels:\n{reasons}\nReinstall it where "
-                'nvcc is found (CUDA_HOME names a toolkit), move the tensors to the CPU, or use impl="torch_compile".'
+                f"e is on {device}, and this installation of cce_ext has no CUDA kernels:\n{reasons}\n"
+                "Reinstall it where nvcc is found (CUDA_HOME names a toolkit), move the tensors to the "
+                'CPU, or use impl="torch_compile".'
             )
         major, minor = torch.cuda.get_device_capability(device)
         if major < 8:
@@ -207,12 +227,13 @@ def _compute_dtype(e: Tensor) -> torch.dtype:
 
 
 def _pair(name: str, e: Tensor) -> tuple[str, str]:
-    """The implementation pair that serves a call, and why it is not the compiled one ('' where it is)."""
+    """The implementation pair that serves a call, and why it is not the compiled one ('' where it
+    is)."""
     if name == "triton":
-        from cce_ext import triton
-
-        triton.register()
-        return "triton_ce", 'impl="triton"'
+        raise NotImplementedError(
+            'impl="triton" is not built yet; use impl="cce_exact" for the compiled kernels or '
+            'impl="reference" for plain PyTorch'
+        )
     reason = _compiled_reason(e.device, _compute_dtype(e))
     return ("blocked_ce", reason) if reason else ("linear_ce", "")
 
@@ -237,19 +258,25 @@ def _rows(
         run = statistics if name == "reference" else compiled_statistics()
         return run(e, head.weight, targets, head.bias, u, b, options, metrics)
     pair, reason = _pair(name, e)
-    record(path={"linear_ce": "compiled"}.get(pair, pair.removesuffix("_ce")), reason=reason, **facts)
+    record(
+        path={"linear_ce": "compiled"}.get(pair, pair.removesuffix("_ce")), reason=reason, **facts
+    )
     op = getattr(torch.ops.cce, f"{pair}_forward")
     return RowStatistics(*op(e, head.weight, targets, head.bias, u, b, *options, 0, 0, metrics))
 
 
-def _check_parallel(parallel: VocabParallelOptions, weight: Tensor, name: str, head: Head, metrics: bool) -> None:
+def _check_parallel(
+    parallel: VocabParallelOptions, weight: Tensor, name: str, head: Head, metrics: bool
+) -> None:
     if weight.shape[0] != parallel.stop - parallel.start:
         raise ValueError(
             f"c must hold vocab_parallel_options' rows, {parallel.stop - parallel.start} of them "
             f"([{parallel.start}, {parallel.stop})); got {weight.shape[0]}"
         )
     if name in ("reference", "torch_compile"):
-        raise ValueError(f"impl={name!r} does not take vocab_parallel_options; use one of the cce implementations")
+        raise ValueError(
+            f"impl={name!r} does not take vocab_parallel_options; use one of the cce implementations"
+        )
     if head.fallback:
         raise ValueError(f"c cannot be sharded over the vocabulary: {head.fallback}")
     if metrics:
@@ -264,7 +291,8 @@ def _parallel_rows(
     parallel: VocabParallelOptions,
     facts: dict[str, Any],
 ) -> RowStatistics:
-    """nll and lse over all shards. A is replicated, B sharded like c: dU, or with reduce_e_grad=False dA, is summed too."""
+    """nll and lse over all shards. A is replicated, B sharded like c: dU, or with
+    reduce_e_grad=False dA, is summed too."""
     total = parallel.whole_vocab(e.device)
     checks.check_target_range(targets, total, options.ignore_index)
     adapters = head.adapters
@@ -282,7 +310,9 @@ def _parallel_rows(
     return RowStatistics(nll, lse, none, none, none, none, none)
 
 
-def _reduce(nll: Tensor, valid: Tensor, reduction: str, num_items: int | Tensor | None, tokens: Any) -> Tensor:
+def _reduce(
+    nll: Tensor, valid: Tensor, reduction: str, num_items: int | Tensor | None, tokens: Any
+) -> Tensor:
     if reduction == "none":
         return tokens(nll).clone()
     total = nll.sum()
@@ -297,4 +327,6 @@ def _metrics(stats: RowStatistics, targets: Tensor, ignore_index: int, tokens: A
     valid = targets != ignore_index
     logprob = torch.where(valid, stats.target_logit - stats.lse, 0).detach()
     correct = valid & (stats.argmax == targets)
-    return TokenMetrics(*(tokens(x.detach()).clone() for x in (logprob, stats.argmax, correct, stats.entropy)))
+    return TokenMetrics(
+        *(tokens(x.detach()).clone() for x in (logprob, stats.argmax, correct, stats.entropy))
+    )

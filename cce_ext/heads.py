@@ -1,10 +1,11 @@
 """Output layers given as modules: what they compute, as tensors that the loss can fuse.
 
-``nn.Linear`` is a weight and a bias. A PEFT ``lora.Linear`` is its base layer plus its active adapters, several of them
-joined along the rank; a ``ModulesToSaveWrapper`` is its active copy. Reading ``.weight`` of a PEFT layer would give the
-frozen base alone, so no attribute is taken without knowing the module. What cannot be fused (DoRA and other variants,
-quantised bases, unknown modules) is called as a module and its logits are stored; ``Head.fallback`` says why.
-PEFT is recognised by its attributes and never imported.
+``nn.Linear`` is a weight and a bias. A PEFT ``lora.Linear`` is its base layer plus its active
+adapters, several of them joined along the rank; a ``ModulesToSaveWrapper`` is its active copy.
+Reading ``.weight`` of a PEFT layer would give the frozen base alone, so no attribute is taken
+without knowing the module. What cannot be fused (DoRA and other variants, quantised bases, unknown
+modules) is called as a module and its logits are stored; ``Head.fallback`` says why. PEFT is
+recognised by its attributes and never imported.
 """
 
 from __future__ import annotations
@@ -36,10 +37,14 @@ class Head(NamedTuple):
     fallback: str = ""
 
 
-def low_rank_update(e: Tensor, adapters: tuple[Adapter, ...]) -> tuple[Tensor | None, Tensor | None]:
-    """U (N, R) and B (V, R) of e (N, D) and some adapters, their ranks joined; (None, None) without adapters.
+def low_rank_update(
+    e: Tensor, adapters: tuple[Adapter, ...]
+) -> tuple[Tensor | None, Tensor | None]:
+    """U (N, R) and B (V, R) of e (N, D) and some adapters, their ranks joined; (None, None) without
+    adapters.
 
-    The scale goes into A, which is small, in A's own dtype; U has e's dtype (autocast's under autocast).
+    The scale goes into A, which is small, in A's own dtype; U has e's dtype (autocast's under
+    autocast).
     """
     if not adapters:
         return None, None
@@ -56,8 +61,8 @@ def resolve_head(module: nn.Module) -> Head:
     """The head that a module is.
 
     Raises:
-        TypeError: the module has no output features to speak of (it is not a linear layer of any known kind and cannot be
-            called on hidden states).
+        TypeError: the module has no output features to speak of (it is not a linear layer of any
+            known kind and cannot be called on hidden states).
     """
     if _is_modules_to_save(module):
         return resolve_head(_active_copy(module))
@@ -85,7 +90,11 @@ def _is_modules_to_save(module: nn.Module) -> bool:
 
 def _active_copy(module: Any) -> nn.Module:
     active = _names(module, "active_adapters", "active_adapter")
-    if getattr(module, "disable_adapters", False) or not active or active[0] not in module.modules_to_save:
+    if (
+        getattr(module, "disable_adapters", False)
+        or not active
+        or active[0] not in module.modules_to_save
+    ):
         return module.original_module
     return module.modules_to_save[active[0]]
 
@@ -109,7 +118,9 @@ def _lora_head(module: Any) -> Head:
     if getattr(module, "merged", False) or getattr(module, "disable_adapters", False):
         if getattr(module, "merged", False) and getattr(module, "disable_adapters", False):
             # PEFT unmerges at its next forward; let it.
-            return base._replace(module=module, fallback="its adapters are merged and disabled at the same time")
+            return base._replace(
+                module=module, fallback="its adapters are merged and disabled at the same time"
+            )
         return base
     if base.fallback:
         return base._replace(module=module)
@@ -122,9 +133,18 @@ def _lora_head(module: Any) -> Head:
             return base._replace(module=module, fallback=reason)
         scale = float(module.scaling[name])
         dropout = module.lora_dropout[name] if name in getattr(module, "lora_dropout", {}) else None
-        active = isinstance(dropout, nn.Module) and not isinstance(dropout, nn.Identity) and dropout.training
+        active = (
+            isinstance(dropout, nn.Module)
+            and not isinstance(dropout, nn.Identity)
+            and dropout.training
+        )
         adapters.append(
-            Adapter(module.lora_A[name].weight, module.lora_B[name].weight, scale, dropout if active else None)
+            Adapter(
+                module.lora_A[name].weight,
+                module.lora_B[name].weight,
+                scale,
+                dropout if active else None,
+            )
         )
         update_bias = getattr(module.lora_B[name], "bias", None)
         if update_bias is not None:

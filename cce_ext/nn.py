@@ -14,9 +14,11 @@ from cce_ext.options import LinearCrossEntropyImpl
 
 
 class LinearCrossEntropy(nn.Module):
-    """:func:`cce_ext.linear_cross_entropy` with its options fixed at construction; see there for each of them.
+    """:func:`cce_ext.linear_cross_entropy` with its options fixed at construction; see there for
+    each of them.
 
-    ``forward(e, c, targets, bias=None, **lora)`` takes the tensors; lora: lora_a, lora_b, lora_scale, num_items.
+    ``forward(e, c, targets, bias=None, **lora)`` takes the tensors; lora: lora_a, lora_b,
+    lora_scale, num_items.
     """
 
     def __init__(
@@ -58,7 +60,12 @@ class LinearCrossEntropy(nn.Module):
         )
 
     def forward(
-        self, e: Tensor, c: Tensor | nn.Module, targets: Tensor, bias: Tensor | None = None, **lora: Any
+        self,
+        e: Tensor,
+        c: Tensor | nn.Module,
+        targets: Tensor,
+        bias: Tensor | None = None,
+        **lora: Any,
     ) -> torch.Tensor | tuple:
         return linear_cross_entropy(e, c, targets, bias, **self.options, **lora)
 

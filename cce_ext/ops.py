@@ -1,8 +1,9 @@
 """The custom ops as PyTorch sees them: autograd, autocast and shapes for every implementation.
 
-An implementation is a pair of ops ``<name>_forward`` and ``<name>_backward`` with one pair of signatures
-(csrc/torch/library.cpp); :func:`register_pair` gives each the same autograd formula, autocast rule and fake kernels.
-``torch.ops.cce.linear_ce`` is the public op: a composite over the compiled pair.
+An implementation is a pair of ops ``<name>_forward`` and ``<name>_backward`` with one pair of
+signatures (csrc/torch/library.cpp); :func:`register_pair` gives each the same autograd formula,
+autocast rule and fake kernels. ``torch.ops.cce.linear_ce`` is the public op: a composite over the
+compiled pair.
 """
 
 from __future__ import annotations
@@ -28,7 +29,9 @@ _NO_DOUBLE_BACKWARD = (
 _library = torch.library.Library("cce", "FRAGMENT")
 
 
-def _fake_forward(e, c, targets, bias, u, lora_b, ignore_index, softcap, logit_scale, label_smoothing, *rest):
+def _fake_forward(
+    e, c, targets, bias, u, lora_b, ignore_index, softcap, logit_scale, label_smoothing, *rest
+):
     metrics = rest[-1]
     n = targets.shape[0]
     acc = accumulate_dtype(e)
@@ -83,9 +86,7 @@ def _refuse_double_backward(ctx: Any, *_: Tensor | None) -> tuple:
     raise RuntimeError(_NO_DOUBLE_BACKWARD)
 
 
-_OPTIONS = (
-    "int ignore_index, float softcap, float logit_scale, float label_smoothing, int vocab_start, int vocab_total"
-)
+_OPTIONS = "int ignore_index, float softcap, float logit_scale, float label_smoothing, int vocab_start, int vocab_total"
 _FORWARD_SIGNATURE = (
     f"(Tensor e, Tensor c, Tensor targets, Tensor? bias, Tensor? u, Tensor? lora_b, {_OPTIONS}, bool metrics) -> "
     "(Tensor nll, Tensor lse, Tensor target_logit, Tensor logit_sum, Tensor max_logit, Tensor argmax, Tensor entropy)"
@@ -109,21 +110,28 @@ def define_pair(name: str, forward: Callable[..., tuple], backward: Callable[...
 
 
 def register_pair(name: str) -> None:
-    """Registers autograd, autocast and fake kernels for ``cce::<name>_forward`` and ``cce::<name>_backward``."""
+    """Registers autograd, autocast and fake kernels for ``cce::<name>_forward`` and
+    ``cce::<name>_backward``."""
     forward, backward = f"cce::{name}_forward", f"cce::{name}_backward"
     backward_op = getattr(torch.ops.cce, f"{name}_backward").default
     torch.library.register_fake(forward, _fake_forward, lib=_library)
     torch.library.register_fake(backward, _fake_backward, lib=_library)
-    torch.library.register_autograd(forward, _make_backward(backward_op), setup_context=_setup_context, lib=_library)
     torch.library.register_autograd(
-        backward, _refuse_double_backward, setup_context=lambda ctx, inputs, output: None, lib=_library
+        forward, _make_backward(backward_op), setup_context=_setup_context, lib=_library
+    )
+    torch.library.register_autograd(
+        backward,
+        _refuse_double_backward,
+        setup_context=lambda ctx, inputs, output: None,
+        lib=_library,
     )
     for device, key in (("cpu", "AutocastCPU"), ("cuda", "AutocastCUDA")):
         _library.impl(f"{name}_forward", _make_autocast(name, device, key), key)
 
 
 def _make_autocast(name: str, device: str, key: str) -> Any:
-    """Casts floating inputs to autocast's dtype, as F.linear's are; each gradient is cast back by autograd."""
+    """Casts floating inputs to autocast's dtype, as F.linear's are; each gradient is cast back by
+    autograd."""
     op = getattr(torch.ops.cce, f"{name}_forward").default
     keys = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
 
@@ -148,10 +156,13 @@ def linear_ce(
     logit_scale: float = 1.0,
     label_smoothing: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
-    """``torch.ops.cce.linear_ce``: per-token negative log-likelihood and logsumexp, without storing logits.
+    """``torch.ops.cce.linear_ce``: per-token negative log-likelihood and logsumexp, without storing
+    logits.
 
-    Shapes: e (..., D), c (V, D), targets (...) integers, bias (V,), u (..., R) = lora_scale * e @ lora_a.T, lora_b (V, R).
-    Returns nll and lse in targets' shape, float32 (float64 for float64 inputs); zeros where targets == ignore_index.
+    Shapes: e (..., D), c (V, D), targets (...) integers, bias (V,), u (..., R) = lora_scale * e @
+        lora_a.T, lora_b (V, R).
+    Returns nll and lse in targets' shape, float32 (float64 for float64 inputs); zeros where targets
+    == ignore_index.
     """
     nll, lse, *_ = torch.ops.cce.linear_ce_forward(
         e.reshape(-1, e.shape[-1]),
@@ -172,7 +183,8 @@ def linear_ce(
 
 
 def register() -> None:
-    """Loads the compiled library and registers everything about its ops that is written in Python. Call once."""
+    """Loads the compiled library and registers everything about its ops that is written in Python.
+    Call once."""
     _load.load()
     _library.impl("linear_ce", linear_ce, "CompositeImplicitAutograd")
     if torch._C._dispatch_has_kernel_for_dispatch_key("cce::linear_ce_forward", "CUDA"):

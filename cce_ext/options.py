@@ -27,7 +27,8 @@ class LinearCrossEntropyImpl(enum.IntEnum):
 
 
 class Filter(NamedTuple):
-    """Which gradients may be sparse, and from which probability on an entry is kept. eps None: nothing is filtered."""
+    """Which gradients may be sparse, and from which probability on an entry is kept. eps None:
+    nothing is filtered."""
 
     eps: float | None
     e_grad: bool
@@ -43,7 +44,8 @@ class LossOptions(NamedTuple):
     label_smoothing: float = 0.0
 
 
-#: preset -> (filter dE, filter dC); None: as the caller's options say. Sums are fp32 in every preset.
+#: preset -> (filter dE, filter dC); None: as the caller's options say. Sums are fp32 in every
+#: preset.
 PRESETS: dict[str, tuple[bool, bool] | None] = {
     "cce": None,
     "cce_exact": (False, False),
@@ -86,7 +88,9 @@ def resolve_eps(filter_eps: float | str | None, dtype: torch.dtype, low_rank: bo
     if isinstance(filter_eps, str):
         raise ValueError(f'filter_eps must be "auto", "high", a number or None; got {filter_eps!r}')
     if not isinstance(filter_eps, (int, float)):
-        raise TypeError(f'filter_eps must be "auto", "high", a number or None; got {type(filter_eps).__name__}')
+        raise TypeError(
+            f'filter_eps must be "auto", "high", a number or None; got {type(filter_eps).__name__}'
+        )
     if not (math.isfinite(filter_eps) and filter_eps >= 0):
         raise ValueError(f"filter_eps must be a finite number of at least 0; got {filter_eps}")
     return float(filter_eps)
@@ -100,7 +104,8 @@ def resolve_filter(
     dtype: torch.dtype,
     low_rank: bool,
 ) -> Filter:
-    """What a preset and the caller's options come to. A preset other than "cce" overrides the options, as published."""
+    """What a preset and the caller's options come to. A preset other than "cce" overrides the
+    options, as published."""
     eps = resolve_eps(filter_eps, dtype, low_rank)
     preset = PRESETS.get(impl, (False, False))
     if preset is not None:

@@ -1,5 +1,6 @@
-"""The loss in plain eager PyTorch: stores all logits, differentiable any number of times. For tests, small problems and
-second derivatives; every formula of the package is here in its shortest form."""
+"""The loss in plain eager PyTorch: stores all logits, differentiable any number of times. For
+tests, small problems and second derivatives; every formula of the package is here in its shortest
+form."""
 
 from __future__ import annotations
 
@@ -12,10 +13,11 @@ from cce_ext.options import LossOptions
 
 
 class RowStatistics(NamedTuple):
-    """Per-row results of every implementation, shape (N,): float32 (float64 for float64 inputs), argmax int64.
+    """Per-row results of every implementation, shape (N,): float32 (float64 for float64 inputs),
+    argmax int64.
 
-    Rows whose target is ignored hold zeros, argmax -1. logit_sum is empty without label smoothing; max_logit, argmax and
-    entropy are empty unless metrics were asked for.
+    Rows whose target is ignored hold zeros, argmax -1. logit_sum is empty without label smoothing;
+    max_logit, argmax and entropy are empty unless metrics were asked for.
     """
 
     nll: Tensor
@@ -28,9 +30,15 @@ class RowStatistics(NamedTuple):
 
 
 def logits(
-    e: Tensor, c: Tensor, bias: Tensor | None, u: Tensor | None, lora_b: Tensor | None, options: LossOptions
+    e: Tensor,
+    c: Tensor,
+    bias: Tensor | None,
+    u: Tensor | None,
+    lora_b: Tensor | None,
+    options: LossOptions,
 ) -> Tensor:
-    """z (N, V) = softcap(logit_scale * (e cᵀ + u bᵀ + bias)); float32, or float64 for float64 inputs."""
+    """z (N, V) = softcap(logit_scale * (e cᵀ + u bᵀ + bias)); float32, or float64 for float64
+    inputs."""
     z = e @ c.T
     if u is not None and lora_b is not None:
         z = z + u @ lora_b.to(e.dtype).T
@@ -57,11 +65,14 @@ def statistics(
     options: LossOptions,
     metrics: bool = False,
 ) -> RowStatistics:
-    """Everything about the rows, differentiable. Shapes: e (N, D), c (V, D), targets (N,), u (N, R), lora_b (V, R)."""
+    """Everything about the rows, differentiable. Shapes: e (N, D), c (V, D), targets (N,), u (N,
+    R), lora_b (V, R)."""
     return statistics_of_logits(logits(e, c, bias, u, lora_b, options), targets, options, metrics)
 
 
-def statistics_of_logits(z: Tensor, targets: Tensor, options: LossOptions, metrics: bool = False) -> RowStatistics:
+def statistics_of_logits(
+    z: Tensor, targets: Tensor, options: LossOptions, metrics: bool = False
+) -> RowStatistics:
     """The same from finished logits z (N, V)."""
     targets = targets.long()
     vocab = z.shape[1]

@@ -16,12 +16,14 @@ def compute_z_loss(
     ignore_index: int = IGNORE_INDEX,
     reduction: str = "mean",
 ) -> Tensor:
-    """The z-loss, the mean of squared logsumexps, which keeps logits from drifting (PaLM, arXiv 2204.02311, section 5).
+    """The z-loss, the mean of squared logsumexps, which keeps logits from drifting (PaLM, arXiv
+    2204.02311, section 5).
 
     Args:
-        lse: logsumexp of each token, as ``linear_cross_entropy(..., return_lse=True)`` returns it; with a shift it is
-            already shorter than targets by shift.
-        targets: the targets given to the loss; tokens at ignore_index do not count. None: all tokens count.
+        lse: logsumexp of each token, as ``linear_cross_entropy(..., return_lse=True)`` returns it;
+            with a shift it is already shorter than targets by shift.
+        targets: the targets given to the loss; tokens at ignore_index do not count. None: all
+            tokens count.
         shift: the shift given to the loss.
         reduction: "mean" over the tokens that count (0 if none does), "sum" or "none".
 
@@ -35,7 +37,9 @@ def compute_z_loss(
         if int(shift):
             targets = targets[..., int(shift) :]
         if targets.shape != lse.shape:
-            raise ValueError(f"targets must have lse's shape {tuple(lse.shape)} after the shift, got {tuple(targets.shape)}")
+            raise ValueError(
+                f"targets must have lse's shape {tuple(lse.shape)} after the shift, got {tuple(targets.shape)}"
+            )
         valid = targets != ignore_index
         z_loss = torch.where(valid, z_loss, 0.0)
         count = valid.sum()

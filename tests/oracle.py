@@ -1,7 +1,7 @@
 """What the loss should be: random problems, the plain PyTorch answer, and how close another answer must come.
 
-The answer is torch.nn.functional.cross_entropy on stored logits, in float64; what the same code gives in the tested dtype
-tells how much error that dtype excuses.
+The answer is torch.nn.functional.cross_entropy on stored logits, in float64; what the same code
+gives in the tested dtype tells how much error that dtype excuses.
 """
 
 from __future__ import annotations
@@ -50,13 +50,20 @@ class Case:
         def make(*shape: int, dtype: torch.dtype | None = None) -> Tensor:
             dtype = dtype or self.dtype
             if self.strided and len(shape) > 1:  # stored the other way round
-                t = torch.randn(*shape[:-2], shape[-1], shape[-2], generator=g).to(dtype).transpose(-1, -2)
+                t = (
+                    torch.randn(*shape[:-2], shape[-1], shape[-2], generator=g)
+                    .to(dtype)
+                    .transpose(-1, -2)
+                )
             else:
                 t = torch.randn(*shape, generator=g).to(dtype)
             return t.to(self.device).requires_grad_()
 
         adapter = self.adapter_dtype or self.dtype
-        result = {"e": make(self.batch, self.length, self.hidden), "c": make(self.vocab, self.hidden)}
+        result = {
+            "e": make(self.batch, self.length, self.hidden),
+            "c": make(self.vocab, self.hidden),
+        }
         with torch.no_grad():
             result["c"] *= self.spread * self.hidden**-0.5
         if self.bias:
@@ -113,7 +120,11 @@ def eager(case: Case, leaves: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         z = z.float()
     valid = targets != IGNORE
     loss = F.cross_entropy(
-        z.flatten(0, 1), targets.flatten(), ignore_index=IGNORE, reduction="none", label_smoothing=case.smoothing
+        z.flatten(0, 1),
+        targets.flatten(),
+        ignore_index=IGNORE,
+        reduction="none",
+        label_smoothing=case.smoothing,
     ).view(targets.shape)
     lse = torch.where(valid, torch.logsumexp(z, -1), 0)
     if case.reduction == "sum":
@@ -126,7 +137,9 @@ def eager(case: Case, leaves: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
 def differentiate(case: Case, run: Callable, leaves: dict[str, Tensor]) -> dict[str, Tensor]:
     """Outputs and gradients of a non-uniform weighting of the outputs."""
     loss, lse = run(case, leaves)
-    weights = torch.linspace(0.5, 1.5, loss.numel(), device=loss.device, dtype=loss.dtype).view(loss.shape)
+    weights = torch.linspace(0.5, 1.5, loss.numel(), device=loss.device, dtype=loss.dtype).view(
+        loss.shape
+    )
     total = (loss * weights).sum()
     if case.lse_weight:
         total = total + case.lse_weight * lse.square().mean()
@@ -173,7 +186,8 @@ def repeats(case: Case) -> int:
 def compare(case: Case, run: Callable = ours) -> Comparison:
     """Runs a case three ways: ours, eager in the same dtype, eager in float64.
 
-    Errors are ‖x - truth‖ / ‖truth‖, absolute where the truth is next to nothing; several draws count as one long vector.
+    Errors are ‖x - truth‖ / ‖truth‖; where the truth is next to nothing (the loss of a vocabulary of one, which is the
+    difference of two equal numbers) they are relative to ‖lse‖. Several draws count as one long vector.
     """
     sums: dict[str, list[float]] = {}
     for i in range(repeats(case)):
@@ -181,7 +195,7 @@ def compare(case: Case, run: Callable = ours) -> Comparison:
             sums[name] = [x + y for x, y in zip(sums.get(name, [0.0] * 3), squares, strict=True)]
     result = Comparison(case)
     for name, (mine, theirs, norm) in sums.items():
-        scale = norm if norm > 1e-6 else 1.0
+        scale = norm if norm > 1e-6 else max(1.0, sums["lse"][2])
         result.errors[name] = (math.sqrt(mine / scale), math.sqrt(theirs / scale))
     return result
 
@@ -196,8 +210,16 @@ def _compare_draw(case: Case, run: Callable) -> dict[str, tuple[float, float, fl
     theirs = differentiate(case, eager, leaves)
     squares = {}
     for name, t in truth.items():
-        assert mine[name].shape == t.shape, f"{case}: {name} has shape {mine[name].shape}, expected {t.shape}"
+        assert mine[name].shape == t.shape, (
+            f"{case}: {name} has shape {mine[name].shape}, expected {t.shape}"
+        )
         if name.startswith("d"):
-            assert mine[name].dtype == leaves[name[1:]].dtype, f"{case}: {name} is {mine[name].dtype}"
-        squares[name] = (squared_error(mine[name], t), squared_error(theirs[name], t), t.double().square().sum().item())
+            assert mine[name].dtype == leaves[name[1:]].dtype, (
+                f"{case}: {name} is {mine[name].dtype}"
+            )
+        squares[name] = (
+            squared_error(mine[name], t),
+            squared_error(theirs[name], t),
+            t.double().square().sum().item(),
+        )
     return squares

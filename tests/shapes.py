@@ -1,7 +1,8 @@
-"""The shapes that break things: one list for the CPU tests, the GPU tests, the parity tests and bench/.
+"""The shapes that break things: one list for the CPU tests, the GPU tests, the parity tests and
+bench/.
 
-Tiles of the compiled paths: rows 64 to 256, vocabulary 128 to 2048, K in steps of 32 and 64. Each shape sits at an edge of
-one of them, or is too small for any.
+Tiles of the compiled paths: rows 64 to 256, vocabulary 128 to 2048, K in steps of 32 and 64. Each
+shape sits at an edge of one of them, or is too small for any.
 """
 
 from __future__ import annotations

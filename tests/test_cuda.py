@@ -1,4 +1,5 @@
-"""The CUDA kernels on a real GPU: shapes that break things, determinism, streams, graphs, memory."""
+"""The CUDA kernels on a real GPU: shapes that break things, determinism, streams, graphs,
+memory."""
 
 from __future__ import annotations
 
@@ -30,7 +31,9 @@ SHAPES = [
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_every_option(dtype: torch.dtype, ignored: float, rank: int) -> None:
     shapes = itertools.cycle(SHAPES)
-    options = itertools.product((False, True), (None, 5.0), (0, 1, 2), ("mean", "sum", "none"), (0.0, 0.1))
+    options = itertools.product(
+        (False, True), (None, 5.0), (0, 1, 2), ("mean", "sum", "none"), (0.0, 0.1)
+    )
     for i, (bias, softcap, shift, reduction, smoothing) in enumerate(options):
         batch, length, vocab, hidden = next(shapes)
         case = Case(
@@ -57,9 +60,12 @@ def test_all_ignored_and_no_rows() -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_breaking_shapes(dtype: torch.dtype) -> None:
-    """One column tile with a small softcap (padding must not count), logits far below zero, a large bias, wide rows."""
+    """One column tile with a small softcap (padding must not count), logits far below zero, a large
+    bias, wide rows."""
     compare(Case(1, 64, 129, 64, dtype=dtype, softcap=2.0, device="cuda")).check(SLACK)
-    compare(Case(1, 64, 129, 64, dtype=dtype, bias=True, softcap=2.0, smoothing=0.1, device="cuda")).check(SLACK)
+    compare(
+        Case(1, 64, 129, 64, dtype=dtype, bias=True, softcap=2.0, smoothing=0.1, device="cuda")
+    ).check(SLACK)
     compare(Case(1, 100, 1000, 4096, rank=16, dtype=dtype, bias=True, device="cuda")).check(SLACK)
     compare(Case(2, 100, 1000, 256, dtype=dtype, spread=300.0, device="cuda")).check(SLACK)
     e, c = (torch.randn(n, 64, device="cuda", dtype=dtype) for n in (50, 300))
@@ -72,7 +78,8 @@ def test_breaking_shapes(dtype: torch.dtype) -> None:
 
 
 def test_logits_beyond_float16() -> None:
-    """Logits of 1e5 overflow float16 but not the float32 that they are kept in, where neighbours are 2⁻⁷ apart."""
+    """Logits of 1e5 overflow float16 but not the float32 that they are kept in, where neighbours
+    are 2⁻⁷ apart."""
     e = torch.full((4, 64), 30.0, device="cuda", dtype=torch.float16)
     c = torch.full((10, 64), 52.0, device="cuda", dtype=torch.float16)
     c[3] = 53.0
@@ -88,7 +95,9 @@ def test_more_than_two_billion(shape: tuple[int, int, int]) -> None:
     n, v, d = shape
     g = torch.Generator("cuda").manual_seed(0)
     e = torch.randn(n, d, device="cuda", dtype=torch.bfloat16, generator=g).requires_grad_()
-    c = (torch.randn(v, d, device="cuda", dtype=torch.bfloat16, generator=g) * d**-0.5).requires_grad_()
+    c = (
+        torch.randn(v, d, device="cuda", dtype=torch.bfloat16, generator=g) * d**-0.5
+    ).requires_grad_()
     t = torch.randint(v, (n,), device="cuda", generator=g)
     t[-1], t[-2] = v - 1, v - 1
     loss = linear_cross_entropy(e, c, t, reduction="none", filter_eps=None)
@@ -106,7 +115,9 @@ def test_more_than_two_billion(shape: tuple[int, int, int]) -> None:
 
 def test_twice_is_bitwise_the_same() -> None:
     for case in (
-        Case(2, 300, 9000, 256, rank=16, dtype=torch.bfloat16, bias=True, ignored=0.3, device="cuda"),
+        Case(
+            2, 300, 9000, 256, rank=16, dtype=torch.bfloat16, bias=True, ignored=0.3, device="cuda"
+        ),
         Case(1, 1000, 30000, 128, dtype=torch.float16, softcap=10.0, device="cuda"),
     ):
         leaves = case.leaves()
@@ -126,8 +137,10 @@ def test_ignored_rows_are_untouched_by_nan() -> None:
     upstream[0, 100:300] = torch.nan
     loss = linear_cross_entropy(leaves["e"], leaves["c"], t, reduction="none")
     de, dc = torch.autograd.grad(loss, (leaves["e"], leaves["c"]), upstream)
-    assert (loss[0, 100:300] == 0).all() and (de[0, 100:300] == 0).all()
-    assert torch.isfinite(de).all() and torch.isfinite(dc).all()
+    assert (loss[0, 100:300] == 0).all()
+    assert (de[0, 100:300] == 0).all()
+    assert torch.isfinite(de).all()
+    assert torch.isfinite(dc).all()
 
 
 def test_a_target_out_of_range_is_nan_in_its_row_only() -> None:
@@ -154,7 +167,8 @@ def test_other_streams_and_poisoned_outputs() -> None:
 
 
 def test_a_step_is_captured_in_a_graph() -> None:
-    """Forward and backward, replayed on new data: nothing waits for the device, nothing depends on the data's counts."""
+    """Forward and backward, replayed on new data: nothing waits for the device, nothing depends on
+    the data's counts."""
     e = torch.randn(300, 128, device="cuda", dtype=torch.bfloat16, requires_grad=True)
     c = torch.randn(5000, 128, device="cuda", dtype=torch.bfloat16, requires_grad=True)
     t = torch.randint(5000, (300,), device="cuda")
@@ -202,7 +216,9 @@ def test_memory() -> None:
     both = peak(lambda: torch.autograd.grad(linear_cross_entropy(e, c, t, filter_eps=None), (e, c)))
     assert both - gradients < 300
     frozen = c.detach()
-    only_e = peak(lambda: torch.autograd.grad(linear_cross_entropy(e, frozen, t, filter_eps=None), e))
+    only_e = peak(
+        lambda: torch.autograd.grad(linear_cross_entropy(e, frozen, t, filter_eps=None), e)
+    )
     assert only_e < 300 + 2 * e.numel() / 1e6  # no (V, D) array for a frozen classifier
 
 
@@ -212,10 +228,12 @@ def test_opcheck() -> None:
     t = torch.randint(30, (20,), device="cuda")
     torch.library.opcheck(torch.ops.cce.linear_ce.default, (e, c, t))
     torch.library.opcheck(
-        torch.ops.cce.linear_ce_forward.default, (e, c, t, None, None, None, -100, 0.0, 1.0, 0.0, 0, 0, True)
+        torch.ops.cce.linear_ce_forward.default,
+        (e, c, t, None, None, None, -100, 0.0, 1.0, 0.0, 0, 0, True),
     )
 
 
 def test_fp32_takes_the_blocked_path() -> None:
     compare(Case(2, 50, 700, 40, rank=4, dtype=torch.float32, bias=True, device="cuda")).check(1e-5)
-    assert diagnostics()["path"] == "blocked" and "float32" in diagnostics()["reason"]
+    assert diagnostics()["path"] == "blocked"
+    assert "float32" in diagnostics()["reason"]

@@ -1,6 +1,7 @@
 """Random shapes and option sets against float64 eager PyTorch.
 
-CCE_FUZZ_CASES sets how many cases there are (40 by default), CCE_FUZZ_SEED the seed of the first; a failure names its case.
+CCE_FUZZ_CASES sets how many cases there are (40 by default), CCE_FUZZ_SEED the seed of the first; a
+failure names its case.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ CUDA_SLACK = 1e-4
 
 
 def random_case(seed: int, device: str) -> Case:
-    """A case from a seed. Sizes are drawn log-uniformly, with a liking for the neighbours of tile sizes."""
+    """A case from a seed. Sizes are drawn log-uniformly, with a liking for the neighbours of tile
+    sizes."""
     r = random.Random(seed)
 
     def size(low: int, high: int, tiles: tuple[int, ...]) -> int:

@@ -1,4 +1,5 @@
-"""Every combination of options on the CPU against float64 eager PyTorch, over shapes at the edges of the tiles."""
+"""Every combination of options on the CPU against float64 eager PyTorch, over shapes at the edges
+of the tiles."""
 
 from __future__ import annotations
 
@@ -11,7 +12,8 @@ from cce_ext import linear_cross_entropy
 from tests.oracle import Case, compare
 
 SLACK = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 1e-3, torch.float16: 1e-3}
-# (batch, length, vocab, hidden): tile edges of the vocabulary (1024 and 2048 columns), one token, odd hidden sizes.
+# (batch, length, vocab, hidden): tile edges of the vocabulary (1024 and 2048 columns), one token,
+# odd hidden sizes.
 SHAPES = [
     (1, 3, 7, 3),
     (3, 5, 129, 17),
@@ -27,7 +29,9 @@ SHAPES = [
 @pytest.mark.parametrize("dtype", list(SLACK), ids=str)
 def test_every_option(dtype: torch.dtype, ignored: float, rank: int) -> None:
     shapes = itertools.cycle(SHAPES)
-    options = itertools.product((False, True), (None, 5.0), (0, 1, 2), ("mean", "sum", "none"), (0.0, 0.1))
+    options = itertools.product(
+        (False, True), (None, 5.0), (0, 1, 2), ("mean", "sum", "none"), (0.0, 0.1)
+    )
     for i, (bias, softcap, shift, reduction, smoothing) in enumerate(options):
         batch, length, vocab, hidden = next(shapes)
         case = Case(
@@ -42,7 +46,9 @@ def test_every_option(dtype: torch.dtype, ignored: float, rank: int) -> None:
 
 
 @pytest.mark.parametrize("dtype", list(SLACK), ids=str)
-@pytest.mark.parametrize("shape", [(1, 1, 129, 8), (1, 1, 1, 4), (1, 257, 300, 16), (3, 700, 1100, 24)], ids=str)
+@pytest.mark.parametrize(
+    "shape", [(1, 1, 129, 8), (1, 1, 1, 4), (1, 257, 300, 16), (3, 700, 1100, 24)], ids=str
+)
 def test_row_blocks(shape: tuple[int, int, int, int], dtype: torch.dtype) -> None:
     """One token, one id, more rows than a forward block (256) and than a backward block (2048)."""
     for ignored in (0.0, 0.3):

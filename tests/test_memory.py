@@ -1,4 +1,5 @@
-"""No N x V array is ever made: resident memory of a fresh process over a call where it would be 2 GB."""
+"""No N x V array is ever made: resident memory of a fresh process over a call where it would be 2
+GB."""
 
 from __future__ import annotations
 
@@ -26,9 +27,15 @@ print("grew", (after - before) / 1024)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_no_logits_are_stored(dtype: str) -> None:
     out = subprocess.run(
-        [sys.executable, "-c", SCRIPT.format(dtype=dtype)], capture_output=True, text=True, check=True, timeout=300
+        [sys.executable, "-c", SCRIPT.format(dtype=dtype)],
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=300,
     ).stdout
     grown_mb = float(out.split()[-1])
     gradients_mb = (128000 + 4096) * 64 * 4 / 2**20
     # N x V would be 2000 MB in float32, 1000 MB in bfloat16.
-    assert grown_mb < gradients_mb + 150, f"the call took {grown_mb:.0f} MB beside {gradients_mb:.0f} MB of gradients"
+    assert grown_mb < gradients_mb + 150, (
+        f"the call took {grown_mb:.0f} MB beside {gradients_mb:.0f} MB of gradients"
+    )

@@ -28,7 +28,11 @@ def make(p: dict, device: str) -> tuple[torch.Tensor, ...]:
     dtype = torch.float64 if device == "cpu" else torch.bfloat16
     e = torch.randn(p["n"], p["d"], generator=g).to(device, dtype).requires_grad_()
     c = torch.randn(p["v"], p["d"], generator=g).to(device, dtype).requires_grad_()
-    bias = torch.randn(p["v"], generator=g).to(device, torch.float32 if device == "cuda" else dtype).requires_grad_()
+    bias = (
+        torch.randn(p["v"], generator=g)
+        .to(device, torch.float32 if device == "cuda" else dtype)
+        .requires_grad_()
+    )
     return e, c, torch.randint(p["v"], (p["n"],), generator=g).to(device), bias
 
 
@@ -42,8 +46,12 @@ def tolerance(device: str) -> dict[str, float]:
 def test_a_constant_in_the_bias_changes_nothing(device: str, p: dict, offset: float) -> None:
     e, c, t, bias = make(p, device)
     first = linear_cross_entropy(e, c, t, bias, label_smoothing=p["smoothing"], reduction="none")
-    second = linear_cross_entropy(e, c, t, bias + offset, label_smoothing=p["smoothing"], reduction="none")
-    torch.testing.assert_close(first, second, **(tolerance(device) | {"atol": 1e-4 if device == "cuda" else 1e-9}))
+    second = linear_cross_entropy(
+        e, c, t, bias + offset, label_smoothing=p["smoothing"], reduction="none"
+    )
+    torch.testing.assert_close(
+        first, second, **(tolerance(device) | {"atol": 1e-4 if device == "cuda" else 1e-9})
+    )
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -81,8 +89,11 @@ def test_rows_are_independent(device: str, p: dict, row: int) -> None:
 @search
 @given(p=problems)
 def test_logit_gradients_of_a_row_sum_to_zero(device: str, p: dict) -> None:
-    """Without a softcap the gradient by the bias, which is the sum over rows of that by the logits, sums to nothing."""
+    """Without a softcap the gradient by the bias, which is the sum over rows of that by the logits,
+    sums to nothing."""
     e, c, t, bias = make(p, device)
-    loss = linear_cross_entropy(e, c, t, bias, label_smoothing=p["smoothing"], reduction="sum", filter_eps=None)
+    loss = linear_cross_entropy(
+        e, c, t, bias, label_smoothing=p["smoothing"], reduction="sum", filter_eps=None
+    )
     (db,) = torch.autograd.grad(loss, bias)
     assert abs(db.sum().item()) <= (1e-9 if device == "cpu" else 1e-2) * p["n"]

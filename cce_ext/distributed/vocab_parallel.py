@@ -1,8 +1,11 @@
-"""Vocabulary parallelism: every rank holds some rows of the classifier and all tokens; every rank gets the same loss.
+"""Vocabulary parallelism: every rank holds some rows of the classifier and all tokens; every rank
+gets the same loss.
 
-Method: each rank's logsumexp and target logit come from its own shard; the global logsumexp is that of the ranks' (max
-all-reduce, then sum), the target logit the sum over ranks, of which one holds it. The backward of a shard is the ordinary one
-with the global logsumexp, and the hidden states' gradient is summed over the ranks in float32.
+Method: each rank's logsumexp and target logit come from its own shard; the global logsumexp is that
+    of the ranks' (max
+all-reduce, then sum), the target logit the sum over ranks, of which one holds it. The backward of a
+shard is the ordinary one with the global logsumexp, and the hidden states' gradient is summed over
+the ranks in float32.
 """
 
 from __future__ import annotations
@@ -27,7 +30,8 @@ class VocabParallelOptions:
         start: first global id of this rank's rows of the classifier.
         stop: one past the last.
         group: the process group whose ranks hold the shards; None: the default group.
-        reduce_e_grad: all-reduce the hidden states' gradient over the group (False where the caller's framework does it).
+        reduce_e_grad: all-reduce the hidden states' gradient over the group (False where the
+            caller's framework does it).
         vocab_size: size of the whole vocabulary; None: found by one all-reduce at the first use.
     """
 
@@ -41,7 +45,8 @@ class VocabParallelOptions:
     def from_vocab(
         cls, vocab_size: int, group: dist.ProcessGroup | None = None, reduce_e_grad: bool = True
     ) -> VocabParallelOptions:
-        """An even split of ``vocab_size`` ids over the group's ranks; the first ranks get one more where it is uneven."""
+        """An even split of ``vocab_size`` ids over the group's ranks; the first ranks get one more
+        where it is uneven."""
         rank, world = dist.get_rank(group), dist.get_world_size(group)
         each, extra = divmod(vocab_size, world)
         start = rank * each + min(rank, extra)
@@ -82,8 +87,8 @@ def reduce_gradient(x: Tensor, parallel: VocabParallelOptions) -> Tensor:
 
 
 class _ShardedLoss(torch.autograd.Function):
-    """(nll, lse) over all shards from one rank's shard. One autograd function, because the shard's backward needs the
-    global logsumexp, which only exists between the two collectives."""
+    """(nll, lse) over all shards from one rank's shard. One autograd function, because the shard's
+    backward needs the global logsumexp, which only exists between the two collectives."""
 
     @staticmethod
     def forward(ctx, pair, parallel, vocab_total, options, e, c, targets, bias, u, lora_b):
@@ -111,13 +116,16 @@ class _ShardedLoss(torch.autograd.Function):
         e, c, targets, bias, u, lora_b, lse = ctx.saved_tensors
         _, _, _, _, need_e, need_c, _, need_bias, need_u, need_b = ctx.needs_input_grad
         wanted = (need_e, need_c, need_bias, need_u, need_b)
-        grads = ctx.backward_op(dnll, dlse, e, c, targets, lse, bias, u, lora_b, *ctx.options, *wanted)
+        grads = ctx.backward_op(
+            dnll, dlse, e, c, targets, lse, bias, u, lora_b, *ctx.options, *wanted
+        )
         de, dc, dbias, du, db = (g if w else None for g, w in zip(grads, wanted, strict=True))
         return (*none, de, dc, None, dbias, du, db)
 
 
 def _combine_lse(lse: Tensor, parallel: VocabParallelOptions) -> Tensor:
-    """logsumexp over the ranks. Two collectives rather than one sum of exp(lse): only the maximum keeps it in range."""
+    """logsumexp over the ranks. Two collectives rather than one sum of exp(lse): only the maximum
+    keeps it in range."""
     top = lse.clone()
     dist.all_reduce(top, op=dist.ReduceOp.MAX, group=parallel.group)
     reference = torch.where(top == -torch.inf, 0, top)
@@ -136,5 +144,6 @@ def sharded_loss(
     u: Tensor | None,
     lora_b: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """nll and lse (N,) over all shards, the same on every rank. e, u and targets are whole; c, bias, lora_b this rank's."""
+    """nll and lse (N,) over all shards, the same on every rank. e, u and targets are whole; c,
+    bias, lora_b this rank's."""
     return _ShardedLoss.apply(pair, parallel, vocab_total, options, e, c, targets, bias, u, lora_b)

@@ -19,7 +19,8 @@ void logits_to_gradients(const Block<Z>& block, const LogitTransform<A>& transfo
       A slope = 1;
       if (transform.softcap != A(0)) {
         if (has_target) slope = core::softcap_grad(z[hit], transform.inv_softcap);
-        gradient_softcap(z, lse[row], g.a, g.uniform, transform.logit_scale, transform.inv_softcap, n);
+        gradient_softcap(z, lse[row], g.a, g.uniform, transform.logit_scale, transform.inv_softcap,
+                         n);
       } else {
         gradient(z, lse[row], g.a, g.uniform, transform.logit_scale, n);
       }

@@ -15,7 +15,8 @@ void fold(const A* z, int64_t n, A& max, A& sum, A* weighted) {
   // them must still reach the sum, which sum_exp against 0 does.
   const A reference = new_max == -std::numeric_limits<A>::infinity() ? A(0) : new_max;
   const A rescale = max == -std::numeric_limits<A>::infinity() ? A(0) : exp(max - reference);
-  sum = (max == -std::numeric_limits<A>::infinity() ? sum : sum * rescale) + sum_exp(z, reference, n);
+  sum =
+      (max == -std::numeric_limits<A>::infinity() ? sum : sum * rescale) + sum_exp(z, reference, n);
   if (weighted) *weighted = *weighted * rescale + sum_exp_x(z, reference, n);
   max = new_max;
 }

@@ -55,7 +55,8 @@ struct Body {
 #pragma omp simd
     for (int64_t i = 0; i < n; ++i) z[i] = (a * exp(z[i] - lse) - uniform) * scale;
   }
-  static CCE_INLINE void gradient_softcap(A* z, A lse, A a, A uniform, A scale, A inv_cap, int64_t n) {
+  static CCE_INLINE void gradient_softcap(A* z, A lse, A a, A uniform, A scale, A inv_cap,
+                                          int64_t n) {
 #pragma omp simd
     for (int64_t i = 0; i < n; ++i) {
       const A slope = core::softcap_grad(z[i], inv_cap);
@@ -66,22 +67,22 @@ struct Body {
 
 }  // namespace
 
-#define CCE_DEFINE_ROW_OPS(A, CLONES)                                                              \
-  CLONES void affine(A* x, const A* bias, A scale, int64_t n) {                                    \
-    Body<A>::affine(x, bias, scale, n);                                                            \
-  }                                                                                                \
-  CLONES void apply_softcap(A* x, A cap, A inv_cap, int64_t n) {                                   \
-    Body<A>::apply_softcap(x, cap, inv_cap, n);                                                    \
-  }                                                                                                \
-  CLONES A row_max(const A* x, int64_t n) { return Body<A>::row_max(x, n); }                       \
-  CLONES A row_sum(const A* x, int64_t n) { return Body<A>::row_sum(x, n); }                       \
-  CLONES A sum_exp(const A* x, A max, int64_t n) { return Body<A>::sum_exp(x, max, n); }           \
-  CLONES A sum_exp_x(const A* x, A max, int64_t n) { return Body<A>::sum_exp_x(x, max, n); }       \
-  CLONES void gradient(A* z, A lse, A a, A uniform, A scale, int64_t n) {                          \
-    Body<A>::gradient(z, lse, a, uniform, scale, n);                                               \
-  }                                                                                                \
-  CLONES void gradient_softcap(A* z, A lse, A a, A uniform, A scale, A inv_cap, int64_t n) {       \
-    Body<A>::gradient_softcap(z, lse, a, uniform, scale, inv_cap, n);                              \
+#define CCE_DEFINE_ROW_OPS(A, CLONES)                                                        \
+  CLONES void affine(A* x, const A* bias, A scale, int64_t n) {                              \
+    Body<A>::affine(x, bias, scale, n);                                                      \
+  }                                                                                          \
+  CLONES void apply_softcap(A* x, A cap, A inv_cap, int64_t n) {                             \
+    Body<A>::apply_softcap(x, cap, inv_cap, n);                                              \
+  }                                                                                          \
+  CLONES A row_max(const A* x, int64_t n) { return Body<A>::row_max(x, n); }                 \
+  CLONES A row_sum(const A* x, int64_t n) { return Body<A>::row_sum(x, n); }                 \
+  CLONES A sum_exp(const A* x, A max, int64_t n) { return Body<A>::sum_exp(x, max, n); }     \
+  CLONES A sum_exp_x(const A* x, A max, int64_t n) { return Body<A>::sum_exp_x(x, max, n); } \
+  CLONES void gradient(A* z, A lse, A a, A uniform, A scale, int64_t n) {                    \
+    Body<A>::gradient(z, lse, a, uniform, scale, n);                                         \
+  }                                                                                          \
+  CLONES void gradient_softcap(A* z, A lse, A a, A uniform, A scale, A inv_cap, int64_t n) { \
+    Body<A>::gradient_softcap(z, lse, a, uniform, scale, inv_cap, n);                        \
   }
 CCE_DEFINE_ROW_OPS(float, CCE_CLONES)
 CCE_DEFINE_ROW_OPS(double, )

@@ -40,7 +40,8 @@ CCE_INLINE BF16 to_bf16(float f) {
 // a Chebyshev fit on [-ln2/2, ln2/2]); about 1 ulp. Below the smallest normal number the result is 0.
 CCE_INLINE float exp(float x) {
   const float clamped = x < -87.33f ? -87.33f : (x > 88.72f ? 88.72f : x);
-  const float magic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer in the low mantissa bits
+  const float magic =
+      12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer in the low mantissa bits
   const float shifted = clamped * 1.44269504088896341f + magic;
   const float n = shifted - magic;
   const float r = (clamped - n * 0.693359375f) - n * -2.12194440e-4f;
@@ -73,7 +74,8 @@ struct HostMath {
     const float far = 1.0f - 2.0f * q / (1.0f + q);
     const float x2 = x * x;
     const float near =
-        ax * (1.0f + x2 * (-0.33333333f + x2 * (0.13333334f + x2 * (-0.05396825f + x2 * 0.02186949f))));
+        ax *
+        (1.0f + x2 * (-0.33333333f + x2 * (0.13333334f + x2 * (-0.05396825f + x2 * 0.02186949f))));
     return std::copysign(ax < 0.25f ? near : far, x);
   }
   static CCE_INLINE double tanh(double x) { return std::tanh(x); }

@@ -10,8 +10,8 @@ namespace cce::cuda {
 
 struct Backend {
   const char* name;
-  int block_m, block_n;                 // tile of the forward: the partials' layout follows from it
-  std::string (*unsupported)();         // why it cannot run on the current device, or empty
+  int block_m, block_n;          // tile of the forward: the partials' layout follows from it
+  std::string (*unsupported)();  // why it cannot run on the current device, or empty
   cudaError_t (*forward)(const ForwardParams&, cudaStream_t);
   cudaError_t (*backward)(const BackwardParams&, cudaStream_t);
 };

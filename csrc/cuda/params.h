@@ -40,10 +40,10 @@ struct Head {
 
 // Per-row partial results of one vocabulary split, arrays (splits, N), indexed by position in the row order.
 struct Partials {
-  float2* max_sum = nullptr;    // base 2: lse = (max + log2(sum)) ln 2
-  float* logit_sum = nullptr;   // Σ z, null unless label smoothing
-  float* weighted = nullptr;    // Σ 2^(z log2(e) - max) z, null unless metrics
-  int32_t* argmax = nullptr;    // shard-local id, null unless metrics
+  float2* max_sum = nullptr;   // base 2: lse = (max + log2(sum)) ln 2
+  float* logit_sum = nullptr;  // Σ z, null unless label smoothing
+  float* weighted = nullptr;   // Σ 2^(z log2(e) - max) z, null unless metrics
+  int32_t* argmax = nullptr;   // shard-local id, null unless metrics
 };
 
 struct ForwardParams {

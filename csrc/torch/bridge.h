@@ -11,12 +11,12 @@ namespace cce::torch_api {
 
 // The inputs that forward and backward share. Sizes: N rows, V vocabulary ids of this shard, D hidden, R low rank.
 struct Inputs {
-  Tensor e;                       // (N, D)
-  Tensor c;                       // (V, D)
-  Tensor targets;                 // (N,) int64, contiguous
-  std::optional<Tensor> bias;     // (V,)
-  std::optional<Tensor> u;        // (N, R)
-  std::optional<Tensor> lora_b;   // (V, R)
+  Tensor e;                      // (N, D)
+  Tensor c;                      // (V, D)
+  Tensor targets;                // (N,) int64, contiguous
+  std::optional<Tensor> bias;    // (V,)
+  std::optional<Tensor> u;       // (N, R)
+  std::optional<Tensor> lora_b;  // (V, R)
   core::LossOptions options;
   int64_t n = 0, v = 0, d = 0, r = 0;
 };
@@ -53,8 +53,8 @@ inline Inputs make_inputs(const Tensor& e, const Tensor& c, const Tensor& target
   check_same_device(c, e, "c");
   check_same_device(targets, e, "targets");
   if (bias) {
-    STD_TORCH_CHECK(bias->dim() == 1 && bias->size(0) == in.v, "bias must have shape (V,) = (", in.v,
-                    ",)");
+    STD_TORCH_CHECK(bias->dim() == 1 && bias->size(0) == in.v, "bias must have shape (V,) = (",
+                    in.v, ",)");
     STD_TORCH_CHECK(is_floating(bias->scalar_type()), "bias must be floating point");
     check_same_device(*bias, e, "bias");
   }
@@ -71,9 +71,9 @@ inline Inputs make_inputs(const Tensor& e, const Tensor& c, const Tensor& target
     if (in.r == 0) in.u = in.lora_b = std::nullopt;
   }
   if (in.options.vocab_total <= 0) in.options.vocab_total = in.options.vocab_start + in.v;
-  STD_TORCH_CHECK(in.options.vocab_start >= 0 &&
-                      in.options.vocab_start + in.v <= in.options.vocab_total,
-                  "vocab_start + V must not exceed vocab_total");
+  STD_TORCH_CHECK(
+      in.options.vocab_start >= 0 && in.options.vocab_start + in.v <= in.options.vocab_total,
+      "vocab_start + V must not exceed vocab_total");
   in.targets = torch::stable::contiguous(cast(targets, ScalarType::Long));
   return in;
 }

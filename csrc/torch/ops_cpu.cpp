@@ -33,7 +33,8 @@ constexpr int64_t kSmallCall = int64_t{1} << 20;
 ScalarType compute_type(const Inputs& in) {
   const ScalarType input = in.e.scalar_type();
   if (input == ScalarType::Half) return ScalarType::Float;
-  if (input == ScalarType::BFloat16 && (!has_native_bf16() || in.n * in.v <= kSmallCall)) return ScalarType::Float;
+  if (input == ScalarType::BFloat16 && (!has_native_bf16() || in.n * in.v <= kSmallCall))
+    return ScalarType::Float;
   return input;
 }
 
@@ -204,8 +205,8 @@ ForwardResult forward_typed(const Inputs& in, bool metrics) {
     lse_data[row] = row_lse;
     target_data[row] = stats.target_logit[i];
     if (smoothing) sum_data[row] = stats.logit_sum[i];
-    nll_data[row] = core::nll(row_lse, stats.target_logit[i],
-                              smoothing ? stats.logit_sum[i] : A(0), eps, inv_vocab);
+    nll_data[row] = core::nll(row_lse, stats.target_logit[i], smoothing ? stats.logit_sum[i] : A(0),
+                              eps, inv_vocab);
     if (metrics) {
       max_data[row] = stats.max[i];
       argmax_data[row] = in.options.vocab_start + stats.argmax[i];
@@ -227,8 +228,10 @@ class Accumulator {
   void add(int64_t begin, const Tensor& a, const Tensor& b, bool first_visit) {
     const Tensor target = rows(sum_, begin, a.size(0));
     if (direct_) {
-      if (first_visit) mm_out(target, a, b);
-      else cpu_addmm_out(target, a, b);
+      if (first_visit)
+        mm_out(target, a, b);
+      else
+        cpu_addmm_out(target, a, b);
       return;
     }
     const int64_t size = a.size(0) * b.size(1);
@@ -280,8 +283,8 @@ class ChunkGradient {
                 ScalarType compute)
       : target_(rows(final, chunk.first, chunk.cols)) {
     // Summing in place is exact enough where the output has the precision of the sum, or is written only once.
-    const bool in_place = final.scalar_type() == acc ||
-                          (final.scalar_type() == compute && row_blocks == 1);
+    const bool in_place =
+        final.scalar_type() == acc || (final.scalar_type() == compute && row_blocks == 1);
     sum_ = in_place ? target_ : empty(final, {chunk.cols, final.size(1)}, acc);
     in_place_ = in_place;
     accumulator_ = Accumulator(sum_, compute);
@@ -353,9 +356,9 @@ void backward_loop(const Inputs& in, const ValidRows& valid, const Tensor& lse_a
       if (dc) dc->add(g, e, begin == 0);
       if (db) db->add(g, *u, begin == 0);
       if (need.bias) {
-        const Tensor part = call("aten::sum", "dim_IntList", g,
-                                 std::make_optional(std::vector<int64_t>{0}), false,
-                                 std::make_optional(acc));
+        const Tensor part =
+            call("aten::sum", "dim_IntList", g, std::make_optional(std::vector<int64_t>{0}), false,
+                 std::make_optional(acc));
         A* sum = dbias.mutable_data_ptr<A>();
         const A* from = part.const_data_ptr<A>();
         for (int64_t j = 0; j < chunk.cols; ++j) sum[j] += from[j];
@@ -419,12 +422,11 @@ ForwardResult forward_cpu(Tensor e, Tensor c, Tensor targets, std::optional<Tens
                           int64_t ignore_index, double softcap, double logit_scale,
                           double label_smoothing, int64_t vocab_start, int64_t vocab_total,
                           bool metrics) {
-  const Inputs in = make_inputs(
-      e, c, targets, bias, u, lora_b,
-      {softcap, logit_scale, label_smoothing, ignore_index, vocab_start, vocab_total});
-  return dispatch(in, [&](auto z, auto a) {
-    return forward_typed<decltype(z), decltype(a)>(in, metrics);
-  });
+  const Inputs in =
+      make_inputs(e, c, targets, bias, u, lora_b,
+                  {softcap, logit_scale, label_smoothing, ignore_index, vocab_start, vocab_total});
+  return dispatch(
+      in, [&](auto z, auto a) { return forward_typed<decltype(z), decltype(a)>(in, metrics); });
 }
 
 BackwardResult backward_cpu(std::optional<Tensor> dnll, std::optional<Tensor> dlse, Tensor e,
@@ -434,9 +436,9 @@ BackwardResult backward_cpu(std::optional<Tensor> dnll, std::optional<Tensor> dl
                             double label_smoothing, int64_t vocab_start, int64_t vocab_total,
                             bool need_e, bool need_c, bool need_bias, bool need_u,
                             bool need_lora_b) {
-  const Inputs in = make_inputs(
-      e, c, targets, bias, u, lora_b,
-      {softcap, logit_scale, label_smoothing, ignore_index, vocab_start, vocab_total});
+  const Inputs in =
+      make_inputs(e, c, targets, bias, u, lora_b,
+                  {softcap, logit_scale, label_smoothing, ignore_index, vocab_start, vocab_total});
   const Needs need{need_e, need_c, need_bias && bias, need_u && u, need_lora_b && lora_b};
   return dispatch(in, [&](auto z, auto a) {
     return backward_typed<decltype(z), decltype(a)>(in, dnll, dlse, lse, need);

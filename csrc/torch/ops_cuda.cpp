@@ -33,21 +33,24 @@ cuda::Dtype kernel_dtype(const Tensor& e) {
 
 const cuda::Backend& backend() {
   const cuda::Choice choice = cuda::choose_backend();
-  STD_TORCH_CHECK(choice.backend != nullptr, "no compiled CUDA backend can run here:\n", choice.reasons,
-                  "\nUse cce_ext.linear_cross_entropy, whose blocked path runs anywhere, or move to the CPU.");
+  STD_TORCH_CHECK(
+      choice.backend != nullptr, "no compiled CUDA backend can run here:\n", choice.reasons,
+      "\nUse cce_ext.linear_cross_entropy, whose blocked path runs anywhere, or move to the CPU.");
   return *choice.backend;
 }
 
 // The kernels read rows of 16-byte pieces.
 bool is_readable(const Tensor& t) {
-  return t.stride(1) == 1 && t.stride(0) % 8 == 0 && reinterpret_cast<uintptr_t>(t.const_data_ptr()) % 16 == 0;
+  return t.stride(1) == 1 && t.stride(0) % 8 == 0 &&
+         reinterpret_cast<uintptr_t>(t.const_data_ptr()) % 16 == 0;
 }
 
 // t itself where the kernels can read it in this dtype, else a copy with zeros up to the next multiple of 8 columns.
 Tensor readable(const Tensor& t, ScalarType dtype) {
   if (t.scalar_type() == dtype && is_readable(t)) return t;
   const int64_t cols = t.size(1), padded = ceil_div(cols, 8) * 8;
-  Tensor copy = padded == cols ? empty(t, {t.size(0), padded}, dtype) : zeros(t, {t.size(0), padded}, dtype);
+  Tensor copy =
+      padded == cols ? empty(t, {t.size(0), padded}, dtype) : zeros(t, {t.size(0), padded}, dtype);
   Tensor inside = torch::stable::narrow(copy, 1, 0, cols);
   torch::stable::copy_(inside, t);
   return inside;
@@ -75,7 +78,9 @@ struct Order {
                                 workspace.mutable_data_ptr(), bytes, stream),
                "order_rows");
   }
-  cuda::RowOrder view() const { return {rows.const_data_ptr<int32_t>(), count.const_data_ptr<int32_t>()}; }
+  cuda::RowOrder view() const {
+    return {rows.const_data_ptr<int32_t>(), count.const_data_ptr<int32_t>()};
+  }
 };
 
 // Partials of all splits of a call, and which of them a launch fills.
@@ -84,7 +89,8 @@ struct PartialBuffers {
   int64_t n = 0, splits = 0;
   int tiles_per_split = 1;
 
-  PartialBuffers(const Inputs& in, const cuda::Backend& backend, bool with_sum, bool metrics) : n(in.n) {
+  PartialBuffers(const Inputs& in, const cuda::Backend& backend, bool with_sum, bool metrics)
+      : n(in.n) {
     tiles_per_split = static_cast<int>(kGroupCols / backend.block_n);
     const int64_t row_blocks = ceil_div(in.n, backend.block_m);
     const auto count = [&] { return ceil_div(in.v, int64_t{tiles_per_split} * backend.block_n); };
@@ -112,13 +118,14 @@ struct PartialBuffers {
 int64_t launch_cols(const Inputs& in) {
   const ScalarType dtype = in.e.scalar_type();
   int64_t bytes = is_readable(in.c) ? 0 : 2 * in.d;
-  if (in.lora_b && !(in.lora_b->scalar_type() == dtype && is_readable(*in.lora_b))) bytes += 2 * in.r;
+  if (in.lora_b && !(in.lora_b->scalar_type() == dtype && is_readable(*in.lora_b)))
+    bytes += 2 * in.r;
   if (bytes == 0) return in.v;
   return std::max<int64_t>(1, kPackBytes / bytes / kGroupCols) * kGroupCols;
 }
 
-void fill_partials(const Inputs& in, const cuda::Backend& backend, const Order& order, const Tensor& bias,
-                   const PartialBuffers& partials, cudaStream_t stream) {
+void fill_partials(const Inputs& in, const cuda::Backend& backend, const Order& order,
+                   const Tensor& bias, const PartialBuffers& partials, cudaStream_t stream) {
   const ScalarType dtype = in.e.scalar_type();
   const Tensor e = readable(in.e, dtype);
   const Tensor u = in.u ? readable(*in.u, dtype) : Tensor();
@@ -143,7 +150,8 @@ void fill_partials(const Inputs& in, const cuda::Backend& backend, const Order& 
   }
 }
 
-Tensor gather_target_logits(const Inputs& in, const Order& order, const Tensor& bias, cudaStream_t stream) {
+Tensor gather_target_logits(const Inputs& in, const Order& order, const Tensor& bias,
+                            cudaStream_t stream) {
   Tensor result = zeros(in.e, {in.n}, ScalarType::Float);
   // The gather reads a few rows of B only, but in the head's dtype, as the mainloop does.
   const Tensor b = in.lora_b ? cast(*in.lora_b, in.e.scalar_type()) : Tensor();
@@ -167,22 +175,27 @@ Tensor fp32_bias(const std::optional<Tensor>& bias) {
   return bias ? torch::stable::contiguous(cast(*bias, ScalarType::Float)) : Tensor();
 }
 
-ForwardResult forward_cuda(Tensor e, Tensor c, Tensor targets, std::optional<Tensor> bias, std::optional<Tensor> u,
-                           std::optional<Tensor> lora_b, int64_t ignore_index, double softcap, double logit_scale,
-                           double label_smoothing, int64_t vocab_start, int64_t vocab_total, bool metrics) {
+ForwardResult forward_cuda(Tensor e, Tensor c, Tensor targets, std::optional<Tensor> bias,
+                           std::optional<Tensor> u, std::optional<Tensor> lora_b,
+                           int64_t ignore_index, double softcap, double logit_scale,
+                           double label_smoothing, int64_t vocab_start, int64_t vocab_total,
+                           bool metrics) {
   kernel_dtype(e);
   const torch::stable::accelerator::DeviceGuard guard(e.get_device_index());
   const cudaStream_t stream = current_stream(e.get_device_index());
   const cuda::Backend& chosen = backend();
-  const Inputs in = make_inputs(e, c, targets, bias, u, lora_b,
-                                {softcap, logit_scale, label_smoothing, ignore_index, vocab_start, vocab_total});
+  const Inputs in =
+      make_inputs(e, c, targets, bias, u, lora_b,
+                  {softcap, logit_scale, label_smoothing, ignore_index, vocab_start, vocab_total});
   const bool smoothing = label_smoothing != 0.0;
   const Order order(in, stream);
   const Tensor bias32 = fp32_bias(in.bias);
   const PartialBuffers partials(in, chosen, smoothing, metrics);
   fill_partials(in, chosen, order, bias32, partials, stream);
 
-  const auto output = [&](bool wanted) { return empty(in.e, {wanted ? in.n : 0}, ScalarType::Float); };
+  const auto output = [&](bool wanted) {
+    return empty(in.e, {wanted ? in.n : 0}, ScalarType::Float);
+  };
   const Tensor nll = output(true), lse = output(true), logit_sum = output(smoothing);
   const Tensor max_logit = output(metrics), entropy = output(metrics);
   const Tensor argmax = empty(in.e, {metrics ? in.n : 0}, ScalarType::Long);
@@ -208,7 +221,8 @@ ForwardResult forward_cuda(Tensor e, Tensor c, Tensor targets, std::optional<Ten
 
 std::tuple<Tensor, Tensor> row_order_cuda(Tensor targets, int64_t ignore_index) {
   const torch::stable::accelerator::DeviceGuard guard(targets.get_device_index());
-  Inputs in{targets, targets, torch::stable::contiguous(cast(targets, ScalarType::Long)), {}, {}, {}, {}};
+  Inputs in{targets, targets, torch::stable::contiguous(cast(targets, ScalarType::Long)), {}, {},
+            {},      {}};
   in.n = targets.size(0);
   in.options.ignore_index = ignore_index;
   const Order order(in, current_stream(targets.get_device_index()));
@@ -222,14 +236,16 @@ const float* fp32_vector(const std::optional<Tensor>& t, const char* name) {
   return static_cast<const float*>(t->const_data_ptr());
 }
 
-Tensor row_gradients_cuda(std::optional<Tensor> dnll, std::optional<Tensor> dlse, Tensor lse, Tensor targets,
-                          Tensor row_order, Tensor row_count, double label_smoothing, int64_t ignore_index,
-                          int64_t shard_size, int64_t vocab_start, int64_t vocab_total) {
+Tensor row_gradients_cuda(std::optional<Tensor> dnll, std::optional<Tensor> dlse, Tensor lse,
+                          Tensor targets, Tensor row_order, Tensor row_count,
+                          double label_smoothing, int64_t ignore_index, int64_t shard_size,
+                          int64_t vocab_start, int64_t vocab_total) {
   const torch::stable::accelerator::DeviceGuard guard(lse.get_device_index());
   STD_TORCH_CHECK(targets.scalar_type() == ScalarType::Long && targets.is_contiguous(),
                   "targets must be int64 and contiguous");
   const int64_t n = lse.size(0);
-  Tensor out = empty(lse, {n, static_cast<int64_t>(sizeof(cuda::RowGradient) / sizeof(int32_t))}, ScalarType::Int);
+  Tensor out = empty(lse, {n, static_cast<int64_t>(sizeof(cuda::RowGradient) / sizeof(int32_t))},
+                     ScalarType::Int);
   cuda::RowGradientParams p;
   p.dnll = fp32_vector(dnll, "dnll");
   p.dlse = fp32_vector(dlse, "dlse");
@@ -245,9 +261,10 @@ Tensor row_gradients_cuda(std::optional<Tensor> dnll, std::optional<Tensor> dlse
 }
 
 // See the schema: one chunk of logit gradients. All matrices readable as they are.
-void dlogits_cuda(Tensor out, Tensor e, Tensor c, std::optional<Tensor> bias, std::optional<Tensor> u,
-                  std::optional<Tensor> lora_b, Tensor row_order, Tensor row_count, Tensor row_gradients,
-                  int64_t first_col, double softcap, double logit_scale, double label_smoothing) {
+void dlogits_cuda(Tensor out, Tensor e, Tensor c, std::optional<Tensor> bias,
+                  std::optional<Tensor> u, std::optional<Tensor> lora_b, Tensor row_order,
+                  Tensor row_count, Tensor row_gradients, int64_t first_col, double softcap,
+                  double logit_scale, double label_smoothing) {
   const torch::stable::accelerator::DeviceGuard guard(e.get_device_index());
   const auto check_matrix = [&](const Tensor& t, const char* name) {
     STD_TORCH_CHECK(t.scalar_type() == e.scalar_type() && is_readable(t), name,
@@ -256,7 +273,8 @@ void dlogits_cuda(Tensor out, Tensor e, Tensor c, std::optional<Tensor> bias, st
   check_matrix(e, "e");
   check_matrix(c, "c");
   check_matrix(out, "out");
-  STD_TORCH_CHECK(out.size(0) == e.size(0) && out.size(1) == c.size(0), "out must have shape (N, columns)");
+  STD_TORCH_CHECK(out.size(0) == e.size(0) && out.size(1) == c.size(0),
+                  "out must have shape (N, columns)");
   STD_TORCH_CHECK(row_gradients.size(0) == e.size(0) && row_gradients.is_contiguous(),
                   "row_gradients must have a record for each row of e");
   cuda::BackwardParams p;

@@ -43,7 +43,8 @@ struct LogitParams {
   const float* bias = nullptr;
   int cols = 0;  // columns from here on do not exist
 
-  __host__ LogitParams(const core::LossOptions& options, const float* bias_of_launch, int64_t columns)
+  __host__ LogitParams(const core::LossOptions& options, const float* bias_of_launch,
+                       int64_t columns)
       : logit_scale(static_cast<float>(options.logit_scale)),
         softcap(static_cast<float>(options.softcap)),
         inv_softcap(options.softcap == 0.0 ? 0.0f : static_cast<float>(1.0 / options.softcap)),
@@ -68,8 +69,8 @@ __device__ __forceinline__ int quad_min(int x) {
 
 // Turns raw products into logits z in place; columns that do not exist become `absent`.
 template <typename Columns, int kElements>
-__device__ __forceinline__ void make_logits(float (&acc)[kElements], const LogitParams& p, int first_col,
-                                            float absent) {
+__device__ __forceinline__ void make_logits(float (&acc)[kElements], const LogitParams& p,
+                                            int first_col, float absent) {
 #pragma unroll
   for (int j = 0; j < kElements / 4; ++j) {
     const int col = first_col + Columns::at(j);
@@ -89,7 +90,8 @@ __device__ __forceinline__ void make_logits(float (&acc)[kElements], const Logit
 
 // Only the mask, for tiles that reach beyond the last column.
 template <typename Columns, int kElements>
-__device__ __forceinline__ void mask_columns(float (&acc)[kElements], int first_col, int cols, float absent) {
+__device__ __forceinline__ void mask_columns(float (&acc)[kElements], int first_col, int cols,
+                                             float absent) {
 #pragma unroll
   for (int i = 0; i < kElements; ++i) {
     if (first_col + Columns::at(i / 4) + (i & 1) >= cols) acc[i] = absent;
@@ -102,7 +104,9 @@ struct RowState {
   float sum = 0.0f;
 };
 
-__device__ __forceinline__ float finite_reference(float max) { return max == -INFINITY ? 0.0f : max; }
+__device__ __forceinline__ float finite_reference(float max) {
+  return max == -INFINITY ? 0.0f : max;
+}
 
 __device__ __forceinline__ RowState merge(RowState a, RowState b) {
   const float max = fmaxf(a.max, b.max), reference = finite_reference(max);
@@ -136,7 +140,8 @@ __device__ __forceinline__ float thread_sum_exp2(const float (&acc)[kElements], 
 
 // Σ 2^(log2(e) z - reference) z; a z of -inf weighs nothing.
 template <int kElements>
-__device__ __forceinline__ float thread_weighted(const float (&z)[kElements], int h, float reference) {
+__device__ __forceinline__ float thread_weighted(const float (&z)[kElements], int h,
+                                                 float reference) {
   float s = 0.0f;
 #pragma unroll
   for (int j = 0; j < kElements / 4; ++j) {
@@ -152,19 +157,22 @@ __device__ __forceinline__ float thread_weighted(const float (&z)[kElements], in
 
 // Σ z over columns that exist (their number of columns is known to the caller through `cols`).
 template <typename Columns, int kElements>
-__device__ __forceinline__ float thread_sum(const float (&z)[kElements], int h, int first_col, int cols) {
+__device__ __forceinline__ float thread_sum(const float (&z)[kElements], int h, int first_col,
+                                            int cols) {
   float s = 0.0f;
 #pragma unroll
   for (int j = 0; j < kElements / 4; ++j) {
 #pragma unroll
-    for (int e = 0; e < 2; ++e) s += first_col + Columns::at(j) + e < cols ? z[4 * j + 2 * h + e] : 0.0f;
+    for (int e = 0; e < 2; ++e)
+      s += first_col + Columns::at(j) + e < cols ? z[4 * j + 2 * h + e] : 0.0f;
   }
   return s;
 }
 
 // Lowest column at which this thread's row equals `value`, or INT_MAX.
 template <typename Columns, int kElements>
-__device__ __forceinline__ int thread_find(const float (&z)[kElements], int h, int first_col, float value) {
+__device__ __forceinline__ int thread_find(const float (&z)[kElements], int h, int first_col,
+                                           float value) {
   int found = 0x7fffffff;
 #pragma unroll
   for (int j = kElements / 4 - 1; j >= 0; --j) {
@@ -179,7 +187,8 @@ __device__ __forceinline__ int thread_find(const float (&z)[kElements], int h, i
 // z (already a logit) -> dloss/dproduct, for one row of the pair, in place. target: the row's target as a column of this
 // launch.
 template <typename Columns, int kElements>
-__device__ __forceinline__ void logits_to_gradients(float (&z)[kElements], int h, const RowGradient& row, int target,
+__device__ __forceinline__ void logits_to_gradients(float (&z)[kElements], int h,
+                                                    const RowGradient& row, int target,
                                                     const LogitParams& p, int first_col) {
 #pragma unroll
   for (int j = 0; j < kElements / 4; ++j) {
@@ -197,8 +206,9 @@ __device__ __forceinline__ void logits_to_gradients(float (&z)[kElements], int h
 // The same from raw products, where only a positive factor lies between them and the logits and nothing is smoothed.
 // a and target_weight: already times that factor.
 template <typename Columns, int kElements>
-__device__ __forceinline__ void products_to_gradients(float (&acc)[kElements], int h, float a, float target_weight,
-                                                      float lse2, float scale, int target, int first_col) {
+__device__ __forceinline__ void products_to_gradients(float (&acc)[kElements], int h, float a,
+                                                      float target_weight, float lse2, float scale,
+                                                      int target, int first_col) {
 #pragma unroll
   for (int j = 0; j < kElements / 4; ++j) {
 #pragma unroll

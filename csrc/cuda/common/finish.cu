@@ -37,7 +37,8 @@ __device__ RowState merge_splits(const FinishParams& p, int64_t position) {
   return total;
 }
 
-__device__ void write_metrics(const FinishParams& p, int64_t position, int64_t row, RowState total, float lse) {
+__device__ void write_metrics(const FinishParams& p, int64_t position, int64_t row, RowState total,
+                              float lse) {
   const float reference = finite_reference(total.max);
   float weighted = 0.0f, best = -INFINITY;
   int32_t argmax = p.splits > 0 ? p.partials.argmax[position] : 0;
@@ -69,8 +70,9 @@ __global__ void __launch_bounds__(kThreads) finish_kernel(const __grid_constant_
     p.logit_sum[row] = logit_sum;
   }
   p.lse[row] = lse;
-  p.nll[row] = core::nll(lse, p.target_logit[row], logit_sum, static_cast<float>(p.options.label_smoothing),
-                         static_cast<float>(1.0 / static_cast<double>(p.options.vocab_total)));
+  p.nll[row] =
+      core::nll(lse, p.target_logit[row], logit_sum, static_cast<float>(p.options.label_smoothing),
+                static_cast<float>(1.0 / static_cast<double>(p.options.vocab_total)));
   if (p.max_logit) write_metrics(p, position, row, total, lse);
 }
 

@@ -8,15 +8,17 @@ namespace {
 
 constexpr int kThreads = 128;
 
-__global__ void __launch_bounds__(kThreads) row_gradient_kernel(const __grid_constant__ RowGradientParams p) {
+__global__ void __launch_bounds__(kThreads)
+    row_gradient_kernel(const __grid_constant__ RowGradientParams p) {
   const int64_t position = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
   if (position >= p.n) return;
   RowGradient out;
   if (position < *p.order.count) {
     const int64_t row = p.order.rows[position];
-    const auto grad = core::row_grad(p.dnll ? p.dnll[row] : 0.0f, p.dlse ? p.dlse[row] : 0.0f,
-                                     static_cast<float>(p.options.label_smoothing),
-                                     static_cast<float>(1.0 / static_cast<double>(p.options.vocab_total)));
+    const auto grad =
+        core::row_grad(p.dnll ? p.dnll[row] : 0.0f, p.dlse ? p.dlse[row] : 0.0f,
+                       static_cast<float>(p.options.label_smoothing),
+                       static_cast<float>(1.0 / static_cast<double>(p.options.vocab_total)));
     out.a = grad.a;
     out.uniform = grad.uniform;
     out.target_weight = grad.target;

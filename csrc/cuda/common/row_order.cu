@@ -1,6 +1,7 @@
 // Which rows count, found on the device so that no count crosses to the host: a stable partition by CUB.
-#include <cub/device/device_partition.cuh>
 #include <thrust/iterator/counting_iterator.h>
+
+#include <cub/device/device_partition.cuh>
 
 #include "cuda/common/rows.h"
 
@@ -13,10 +14,11 @@ struct Counts {
   __device__ bool operator()(int32_t row) const { return targets[row] != ignore_index; }
 };
 
-cudaError_t partition(void* workspace, size_t& bytes, const int64_t* targets, int64_t n, int64_t ignore_index,
-                      int32_t* rows, int32_t* count, cudaStream_t stream) {
-  return cub::DevicePartition::If(workspace, bytes, thrust::counting_iterator<int32_t>(0), rows, count,
-                                  static_cast<int>(n), Counts{targets, ignore_index}, stream);
+cudaError_t partition(void* workspace, size_t& bytes, const int64_t* targets, int64_t n,
+                      int64_t ignore_index, int32_t* rows, int32_t* count, cudaStream_t stream) {
+  return cub::DevicePartition::If(workspace, bytes, thrust::counting_iterator<int32_t>(0), rows,
+                                  count, static_cast<int>(n), Counts{targets, ignore_index},
+                                  stream);
 }
 
 }  // namespace
@@ -27,8 +29,9 @@ size_t order_rows_workspace(int64_t n) {
   return bytes;
 }
 
-cudaError_t order_rows(const int64_t* targets, int64_t n, int64_t ignore_index, int32_t* rows, int32_t* count,
-                       void* workspace, size_t workspace_bytes, cudaStream_t stream) {
+cudaError_t order_rows(const int64_t* targets, int64_t n, int64_t ignore_index, int32_t* rows,
+                       int32_t* count, void* workspace, size_t workspace_bytes,
+                       cudaStream_t stream) {
   return partition(workspace, workspace_bytes, targets, n, ignore_index, rows, count, stream);
 }
 

@@ -13,8 +13,9 @@ namespace cce::cuda {
 size_t order_rows_workspace(int64_t n);
 
 // rows: (n,) row numbers, those whose target counts first; count: (1,). targets: (n,) int64.
-cudaError_t order_rows(const int64_t* targets, int64_t n, int64_t ignore_index, int32_t* rows, int32_t* count,
-                       void* workspace, size_t workspace_bytes, cudaStream_t stream);
+cudaError_t order_rows(const int64_t* targets, int64_t n, int64_t ignore_index, int32_t* rows,
+                       int32_t* count, void* workspace, size_t workspace_bytes,
+                       cudaStream_t stream);
 
 // What turns a row's probabilities into its logit gradients (core::RowGrad), and where the row and its target are.
 struct alignas(16) RowGradient {

@@ -16,14 +16,15 @@ __device__ __forceinline__ float widen(__half x) { return __half2float(x); }
 
 // This lane's part of the dot product of row `a_row` of a and row `b_row` of b.
 template <typename T, int kVector>
-__device__ __forceinline__ float lane_dot(const StridedMatrix& a, int64_t a_row, const StridedMatrix& b,
-                                          int64_t b_row) {
+__device__ __forceinline__ float lane_dot(const StridedMatrix& a, int64_t a_row,
+                                          const StridedMatrix& b, int64_t b_row) {
   const T* x = static_cast<const T*>(a.data) + a_row * a.row_stride;
   const T* y = static_cast<const T*>(b.data) + b_row * b.row_stride;
   float sum = 0.0f;
   if constexpr (kVector == 8) {
     for (int64_t k = threadIdx.x % 32 * 8; k < a.cols; k += 256) {
-      const uint4 p = __ldg(reinterpret_cast<const uint4*>(x + k)), q = __ldg(reinterpret_cast<const uint4*>(y + k));
+      const uint4 p = __ldg(reinterpret_cast<const uint4*>(x + k)),
+                  q = __ldg(reinterpret_cast<const uint4*>(y + k));
       const T* pt = reinterpret_cast<const T*>(&p);
       const T* qt = reinterpret_cast<const T*>(&q);
 #pragma unroll
@@ -38,7 +39,8 @@ __device__ __forceinline__ float lane_dot(const StridedMatrix& a, int64_t a_row,
 }
 
 template <typename T, int kVector>
-__global__ void __launch_bounds__(kThreads) target_logit_kernel(const __grid_constant__ TargetLogitParams p) {
+__global__ void __launch_bounds__(kThreads)
+    target_logit_kernel(const __grid_constant__ TargetLogitParams p) {
   const int64_t position = static_cast<int64_t>(blockIdx.x) * (kThreads / 32) + threadIdx.x / 32;
   if (position >= p.n) return;
   const int64_t row = p.order.rows[position];
@@ -67,9 +69,12 @@ bool vector_loads(const StridedMatrix& m) {
 template <typename T>
 cudaError_t launch(const TargetLogitParams& p, cudaStream_t stream) {
   const int blocks = static_cast<int>((p.n + kThreads / 32 - 1) / (kThreads / 32));
-  const bool vector = vector_loads(p.e) && vector_loads(p.c) && vector_loads(p.u) && vector_loads(p.lora_b);
-  if (vector) target_logit_kernel<T, 8><<<blocks, kThreads, 0, stream>>>(p);
-  else target_logit_kernel<T, 1><<<blocks, kThreads, 0, stream>>>(p);
+  const bool vector =
+      vector_loads(p.e) && vector_loads(p.c) && vector_loads(p.u) && vector_loads(p.lora_b);
+  if (vector)
+    target_logit_kernel<T, 8><<<blocks, kThreads, 0, stream>>>(p);
+  else
+    target_logit_kernel<T, 1><<<blocks, kThreads, 0, stream>>>(p);
   return cudaGetLastError();
 }
 
@@ -77,7 +82,8 @@ cudaError_t launch(const TargetLogitParams& p, cudaStream_t stream) {
 
 cudaError_t target_logits(const TargetLogitParams& params, cudaStream_t stream) {
   if (params.n == 0) return cudaSuccess;
-  return params.dtype == Dtype::kBFloat16 ? launch<__nv_bfloat16>(params, stream) : launch<__half>(params, stream);
+  return params.dtype == Dtype::kBFloat16 ? launch<__nv_bfloat16>(params, stream)
+                                          : launch<__half>(params, stream);
 }
 
 }  // namespace cce::cuda

@@ -15,7 +15,9 @@ __device__ __forceinline__ void cp_async_16(uint32_t shared, const void* global,
       : "memory");
 }
 
-__device__ __forceinline__ void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+__device__ __forceinline__ void cp_async_commit() {
+  asm volatile("cp.async.commit_group;" ::: "memory");
+}
 
 // Waits until at most `Pending` of this thread's newest groups are still under way.
 template <int Pending>

@@ -9,9 +9,10 @@ template <typename T, typename Config, bool kGeneral>
 cudaError_t run(const BackwardParams& p, cudaStream_t stream) {
   // One column tile a unit: the finest grain, so that the last wave of a chunk is as full as it can be.
   const Work work = make_work(p.head, p.n, 1, Config::kBlockM, Config::kBlockN);
-  return launch<Config>(backward_mainloop<T, Config, kGeneral>, backward_shared_bytes<Config>(), work, stream,
-                        LogitParams(p.head.options, p.head.bias, p.head.c.rows), p.rows,
-                        static_cast<int>(p.head.first_col), static_cast<T*>(p.dlogits), p.ld_dlogits);
+  return launch<Config>(backward_mainloop<T, Config, kGeneral>, backward_shared_bytes<Config>(),
+                        work, stream, LogitParams(p.head.options, p.head.bias, p.head.c.rows),
+                        p.rows, static_cast<int>(p.head.first_col), static_cast<T*>(p.dlogits),
+                        p.ld_dlogits);
 }
 
 template <typename Config>
@@ -24,7 +25,8 @@ cudaError_t choose(const BackwardParams& p, cudaStream_t stream) {
   const bool plain = LogitParams(p.head.options, p.head.bias, p.head.c.rows).plain() &&
                      p.head.options.label_smoothing == 0.0;
   if (fits<Huge>()) return plain ? run<T, Huge, false>(p, stream) : run<T, Huge, true>(p, stream);
-  if (fits<Large>()) return plain ? run<T, Large, false>(p, stream) : run<T, Large, true>(p, stream);
+  if (fits<Large>())
+    return plain ? run<T, Large, false>(p, stream) : run<T, Large, true>(p, stream);
   return run<T, Small, true>(p, stream);
 }
 

@@ -33,12 +33,14 @@ __device__ __forceinline__ uint32_t pack<__half>(float low, float high) {
 
 // Writes this thread's columns of one row half: eight consecutive columns (SpreadColumns) in one store.
 template <typename T, int kElements>
-__device__ __forceinline__ void store_row(const float (&acc)[kElements], int h, T* row, int first_col, int64_t ld) {
+__device__ __forceinline__ void store_row(const float (&acc)[kElements], int h, T* row,
+                                          int first_col, int64_t ld) {
 #pragma unroll
   for (int j = 0; j < kElements / 4; j += 4) {
     uint32_t r[4];
 #pragma unroll
-    for (int i = 0; i < 4; ++i) r[i] = pack<T>(acc[4 * (j + i) + 2 * h], acc[4 * (j + i) + 2 * h + 1]);
+    for (int i = 0; i < 4; ++i)
+      r[i] = pack<T>(acc[4 * (j + i) + 2 * h], acc[4 * (j + i) + 2 * h + 1]);
     const int col = first_col + SpreadColumns::at(j);
     if (col < ld) *reinterpret_cast<uint4*>(row + col) = make_uint4(r[0], r[1], r[2], r[3]);
   }
@@ -46,7 +48,8 @@ __device__ __forceinline__ void store_row(const float (&acc)[kElements], int h, 
 
 // Rows that do not count: zeros, so that the matmuls over G can take all rows.
 template <typename T>
-__device__ __forceinline__ void clear_ignored_rows(const Work& work, int count, T* dlogits, int64_t ld) {
+__device__ __forceinline__ void clear_ignored_rows(const Work& work, int count, T* dlogits,
+                                                   int64_t ld) {
   const int64_t pieces = ld / 8;
   for (int position = count + blockIdx.x; position < work.n; position += gridDim.x) {
     uint4* row = reinterpret_cast<uint4*>(dlogits + work.row_order[position] * ld);
@@ -56,18 +59,20 @@ __device__ __forceinline__ void clear_ignored_rows(const Work& work, int count, 
 
 // Starts copying the records of a row block; threads of the first 256 take 16 bytes each.
 template <typename Config>
-__device__ __forceinline__ void copy_records(RowGradient* to, const RowGradient* from, int row_block, int n) {
+__device__ __forceinline__ void copy_records(RowGradient* to, const RowGradient* from,
+                                             int row_block, int n) {
   static_assert(Config::kThreads * 16 == Config::kBlockM * sizeof(RowGradient));
   const int position = row_block * Config::kBlockM + threadIdx.x / 2;
-  const char* source = reinterpret_cast<const char*>(from + min(position, n - 1)) + threadIdx.x % 2 * 16;
+  const char* source =
+      reinterpret_cast<const char*>(from + min(position, n - 1)) + threadIdx.x % 2 * 16;
   ptx::cp_async_16(ptx::shared_address(to) + threadIdx.x * 16, source, false);
 }
 
 // kGeneral: bias, softcap, label smoothing or a negative scale.
 template <typename T, typename Config, bool kGeneral>
 __global__ void __launch_bounds__(Config::kThreads, 1)
-    backward_mainloop(const __grid_constant__ Work work, const LogitParams logits, const RowGradient* records,
-                      int first_col, T* dlogits, int64_t ld) {
+    backward_mainloop(const __grid_constant__ Work work, const LogitParams logits,
+                      const RowGradient* records, int first_col, T* dlogits, int64_t ld) {
   extern __shared__ __align__(128) uint8_t shared[];
   auto* sets = reinterpret_cast<RowGradient*>(shared + Config::kPipelineBytes);
   const int count = __ldg(work.row_count);
@@ -91,7 +96,8 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
       __syncthreads();
       const int next = at.unit + at.step;
       if (next < at.order.units()) {
-        copy_records<Config>(sets + (set ^ 1) * Config::kBlockM, records, at.order.at(next).row_block, work.n);
+        copy_records<Config>(sets + (set ^ 1) * Config::kBlockM, records,
+                             at.order.at(next).row_block, work.n);
       }
     }
     mainloop.multiply(acc);
@@ -108,8 +114,9 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
         if constexpr (kGeneral) {
           logits_to_gradients<Columns>(acc[m], h, row, target, logits, first);
         } else {
-          products_to_gradients<Columns>(acc[m], h, row.a * logits.logit_scale, row.target_weight * logits.logit_scale,
-                                         row.lse2, scale, target, first);
+          products_to_gradients<Columns>(acc[m], h, row.a * logits.logit_scale,
+                                         row.target_weight * logits.logit_scale, row.lse2, scale,
+                                         target, first);
         }
         const bool exists = at.row_block * Config::kBlockM + r < count;
         if (exists) store_row<T>(acc[m], h, dlogits + row.row * ld, first, ld);

@@ -9,7 +9,7 @@ struct Config {
   static constexpr int kBlockM = 128, kBlockN = 256, kBlockK = BlockK, kStages = Stages;
   static constexpr int kWarpsM = 2, kWarpsN = 4, kWarps = kWarpsM * kWarpsN, kThreads = 32 * kWarps;
   static constexpr int kWarpM = kBlockM / kWarpsM, kWarpN = kBlockN / kWarpsN;
-  static constexpr int kMmaM = kWarpM / 16;           // m16 tiles of a warp
+  static constexpr int kMmaM = kWarpM / 16;             // m16 tiles of a warp
   static constexpr int kAccumulators = kWarpN / 8 * 4;  // numbers a thread holds of one m16 tile
   static constexpr int kBytesA = kBlockM * kBlockK * 2, kBytesB = kBlockN * kBlockK * 2;
   static constexpr int kStageBytes = kBytesA + kBytesB;

@@ -9,8 +9,9 @@ template <typename T, typename Config, bool kGeneral>
 cudaError_t run(const ForwardParams& p, cudaStream_t stream) {
   const Work work = make_work(p.head, p.n, p.tiles_per_split, Config::kBlockM, Config::kBlockN);
   const LogitParams logits(p.head.options, p.head.bias, p.head.c.rows);
-  return launch<Config>(forward_mainloop<T, Config, kGeneral>, forward_shared_bytes<Config>(kGeneral), work, stream,
-                        logits, p.partials, p.n, static_cast<int>(p.head.first_col));
+  return launch<Config>(forward_mainloop<T, Config, kGeneral>,
+                        forward_shared_bytes<Config>(kGeneral), work, stream, logits, p.partials,
+                        p.n, static_cast<int>(p.head.first_col));
 }
 
 template <typename Config>
@@ -20,10 +21,11 @@ bool fits() {
 
 template <typename T>
 cudaError_t choose(const ForwardParams& p, cudaStream_t stream) {
-  const bool plain = LogitParams(p.head.options, p.head.bias, p.head.c.rows).plain() && !p.partials.logit_sum &&
-                     !p.partials.weighted;
+  const bool plain = LogitParams(p.head.options, p.head.bias, p.head.c.rows).plain() &&
+                     !p.partials.logit_sum && !p.partials.weighted;
   if (fits<Huge>()) return plain ? run<T, Huge, false>(p, stream) : run<T, Huge, true>(p, stream);
-  if (fits<Large>()) return plain ? run<T, Large, false>(p, stream) : run<T, Large, true>(p, stream);
+  if (fits<Large>())
+    return plain ? run<T, Large, false>(p, stream) : run<T, Large, true>(p, stream);
   return run<T, Small, true>(p, stream);
 }
 
@@ -37,8 +39,8 @@ cudaError_t forward(const ForwardParams& params, cudaStream_t stream) {
 std::string unsupported() {
   const int capability = current_device().capability;
   if (capability >= 80) return "";
-  return "sm80: needs compute capability 8.0 (Ampere) or newer, this GPU has " + std::to_string(capability / 10) +
-         "." + std::to_string(capability % 10);
+  return "sm80: needs compute capability 8.0 (Ampere) or newer, this GPU has " +
+         std::to_string(capability / 10) + "." + std::to_string(capability % 10);
 }
 
 }  // namespace cce::cuda::sm80

@@ -25,8 +25,8 @@ struct RowStates {
 
 template <typename Config>
 constexpr int forward_shared_bytes(bool general) {
-  return Config::kPipelineBytes +
-         (general ? sizeof(RowStates<Config>) : 2 * Config::kWarpsN * Config::kBlockM * sizeof(float));
+  return Config::kPipelineBytes + (general ? sizeof(RowStates<Config>)
+                                           : 2 * Config::kWarpsN * Config::kBlockM * sizeof(float));
 }
 
 template <typename Config>
@@ -45,8 +45,9 @@ __device__ __forceinline__ void reset_row(RowStates<Config>& s, int row, bool ge
 
 // Folds one m16 tile (already masked) of a warp into the states. scale: base-2 logits are scale * acc.
 template <typename Config, bool kGeneral, typename Columns>
-__device__ __forceinline__ void fold_rows(const float (&acc)[Config::kAccumulators], RowStates<Config>& s, int group,
-                                          int row, float scale, int first_col, const LogitParams& p,
+__device__ __forceinline__ void fold_rows(const float (&acc)[Config::kAccumulators],
+                                          RowStates<Config>& s, int group, int row, float scale,
+                                          int first_col, const LogitParams& p,
                                           const Partials& want) {
 #pragma unroll
   for (int h = 0; h < 2; ++h) {
@@ -82,8 +83,8 @@ __device__ __forceinline__ void fold_rows(const float (&acc)[Config::kAccumulato
 
 // Merges a row's column groups and writes its partial; then clears the row for the next unit.
 template <typename Config, bool kGeneral>
-__device__ __forceinline__ void write_partial(RowStates<Config>& s, int row, const Partials& out, int64_t at,
-                                              int first_col, bool exists) {
+__device__ __forceinline__ void write_partial(RowStates<Config>& s, int row, const Partials& out,
+                                              int64_t at, int first_col, bool exists) {
   RowState total{s.max[0][row], s.sum[0][row]};
   float logit_sum = 0.0f, weighted = 0.0f;
   int argmax = 0;
@@ -97,7 +98,8 @@ __device__ __forceinline__ void write_partial(RowStates<Config>& s, int row, con
     const RowState next{s.max[g][row], s.sum[g][row]};
     if constexpr (kGeneral) {
       const float reference = finite_reference(fmaxf(total.max, next.max));
-      weighted = weighted * ptx::ex2(total.max - reference) + s.weighted[g][row] * ptx::ex2(next.max - reference);
+      weighted = weighted * ptx::ex2(total.max - reference) +
+                 s.weighted[g][row] * ptx::ex2(next.max - reference);
       logit_sum += s.logit_sum[g][row];
       // Column groups interleave from tile to tile, so equal maxima are decided by the smaller id.
       const int other = s.argmax[g][row];
@@ -119,8 +121,8 @@ __device__ __forceinline__ void write_partial(RowStates<Config>& s, int row, con
 
 template <typename T, typename Config, bool kGeneral>
 __global__ void __launch_bounds__(Config::kThreads, 1)
-    forward_mainloop(const __grid_constant__ Work work, const LogitParams logits, const Partials out, int64_t ld,
-                     int first_col) {
+    forward_mainloop(const __grid_constant__ Work work, const LogitParams logits,
+                     const Partials out, int64_t ld, int first_col) {
   extern __shared__ __align__(128) uint8_t shared[];
   auto& states = *reinterpret_cast<RowStates<Config>*>(shared + Config::kPipelineBytes);
   const int count = __ldg(work.row_count);
@@ -147,7 +149,8 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
       } else if (ragged) {
         mask_columns<Columns>(acc[m], first, logits.cols, -INFINITY);
       }
-      fold_rows<Config, kGeneral, Columns>(acc[m], states, group, warp_row + 16 * m, scale, first, logits, out);
+      fold_rows<Config, kGeneral, Columns>(acc[m], states, group, warp_row + 16 * m, scale, first,
+                                           logits, out);
     }
     const int row_block = at.row_block;
     const int64_t split = at.split;

@@ -27,7 +27,8 @@ inline Work make_work(const Head& head, int64_t n, int tiles_per_split, int bloc
 
 // One persistent block on each multiprocessor that can have work.
 template <typename Config, typename Kernel, typename... Args>
-cudaError_t launch(Kernel kernel, int shared_bytes, const Work& work, cudaStream_t stream, Args... args) {
+cudaError_t launch(Kernel kernel, int shared_bytes, const Work& work, cudaStream_t stream,
+                   Args... args) {
   const int64_t row_blocks = (work.n + Config::kBlockM - 1) / Config::kBlockM;
   const int64_t units = std::max<int64_t>(1, row_blocks * work.splits);
   const int blocks = static_cast<int>(std::min<int64_t>(units, current_device().multiprocessors));

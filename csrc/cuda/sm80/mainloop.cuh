@@ -27,7 +27,7 @@ struct Work {
   Matrix e, c, u, lora_b;
   const int32_t* row_order = nullptr;
   const int32_t* row_count = nullptr;
-  int n = 0;                 // rows in the order, ignored ones included
+  int n = 0;  // rows in the order, ignored ones included
   int column_tiles = 0;
   int tiles_per_split = 1;
   int splits = 1;
@@ -38,7 +38,7 @@ struct Work {
 template <typename Config>
 struct Cursor {
   UnitOrder order;
-  int unit, step;       // this block's units are unit, unit + step, ...
+  int unit, step;  // this block's units are unit, unit + step, ...
   int row_block = 0, split = 0;
   int tile = 0, tile_end = 0;  // column tiles of the split
   int slice = 0;
@@ -79,12 +79,14 @@ class Mainloop {
       : work_(work),
         base_(ptx::shared_address(shared)),
         slices_main_((static_cast<int>(work.e.cols) + Config::kBlockK - 1) / Config::kBlockK),
-        slices_(slices_main_ + (static_cast<int>(work.u.cols) + Config::kBlockK - 1) / Config::kBlockK),
+        slices_(slices_main_ +
+                (static_cast<int>(work.u.cols) + Config::kBlockK - 1) / Config::kBlockK),
         loader_(work, row_blocks) {
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const int row_a = warp % Config::kWarpsM * Config::kWarpM + lane % 16;
     // Row i of n8 tile t holds the column that SpreadColumns gives it: 32 (t / 4) + 8 (i / 2) + 2 (t % 4) + i % 2.
-    const int row_b = warp / Config::kWarpsM * Config::kWarpN + lane % 8 / 2 * 8 + lane % 2 + lane / 16 * 2;
+    const int row_b =
+        warp / Config::kWarpsM * Config::kWarpN + lane % 8 / 2 * 8 + lane % 2 + lane / 16 * 2;
     read_a_ = row_a * LayoutA::kRowBytes;
     read_b_ = Config::kBytesA + row_b * LayoutB::kRowBytes;
     mask_a_ = (lane / 16) ^ LayoutA::mask(row_a);
@@ -141,7 +143,8 @@ class Mainloop {
  private:
   static constexpr int kNothingLeft = -(1 << 30);
   static constexpr int kSteps = Config::kBlockK / 16;
-  static_assert(kSteps % 2 == 0, "the two fragment buffers must keep their order from slice to slice");
+  static_assert(kSteps % 2 == 0,
+                "the two fragment buffers must keep their order from slice to slice");
 
   // Pieces of 16 bytes: a thread copies the same piece column of every kRowStep-th row, spread over the steps of a slice.
   static constexpr int kRowStep = Config::kThreads / LayoutA::kPieces;
@@ -200,8 +203,10 @@ class Mainloop {
     const int slice = ++loader_.slice;
     if (slice == slices_main_ || slice == slices_) {
       if (slice == slices_) loader_.next_tile(work_);
-      if (loader_.done()) k_left_ = kNothingLeft;
-      else aim();
+      if (loader_.done())
+        k_left_ = kNothingLeft;
+      else
+        aim();
     }
   }
 
@@ -215,7 +220,8 @@ class Mainloop {
     const uint32_t a = stage + read_a_ + (((2 * k16) ^ mask_a_) << 4);
     const uint32_t b = stage + read_b_ + (((2 * k16) ^ mask_b_) << 4);
 #pragma unroll
-    for (int m = 0; m < Config::kMmaM; ++m) ptx::ldmatrix_x4(f.a[m], a + m * 16 * LayoutA::kRowBytes);
+    for (int m = 0; m < Config::kMmaM; ++m)
+      ptx::ldmatrix_x4(f.a[m], a + m * 16 * LayoutA::kRowBytes);
 #pragma unroll
     for (int n = 0; n < Config::kWarpN / 16; ++n) {
       ptx::ldmatrix_x4(f.b[n], b + (n / 2 * 32 + n % 2 * 4) * LayoutB::kRowBytes);
