@@ -127,7 +127,7 @@ def linear_cross_entropy(
     shift = checks.check_shift(shift, targets)
     if vocab_parallel_options is not None:
         _check_parallel(vocab_parallel_options, weight, name, head, return_metrics)
-    else:
+    elif not head.fallback:  # a called module's logits tell its vocabulary
         checks.check_target_range(targets, weight.shape[0], ignore_index)
 
     shape = targets.shape
@@ -141,7 +141,11 @@ def linear_cross_entropy(
     facts = dict(
         device=str(e.device),
         dtype=str(e.dtype),
-        shape=(flat_e.shape[0], *weight.shape, sum(a.a.shape[0] for a in head.adapters)),
+        shape=(
+            flat_e.shape[0],
+            *(weight.shape if weight is not None else ()),
+            sum(a.a.shape[0] for a in head.adapters),
+        ),
         filter=resolved,
     )
     if vocab_parallel_options is not None:
@@ -251,6 +255,7 @@ def _rows(
     if head.fallback:
         record(path="module", reason=head.fallback, **facts)
         z = finish_logits(head.module(e), options)
+        checks.check_target_range(targets, z.shape[-1], options.ignore_index)
         return statistics_of_logits(z, targets, options, metrics)
     u, b = low_rank_update(e, head.adapters)
     if name in ("reference", "torch_compile"):

@@ -30,7 +30,7 @@ class Adapter(NamedTuple):
 class Head(NamedTuple):
     """What an output layer computes. With a `fallback` reason only `module` may be used."""
 
-    weight: Tensor  # (V, D)
+    weight: Tensor | None  # (V, D); None: unknown, with a fallback reason
     bias: Tensor | None  # (V,)
     adapters: tuple[Adapter, ...] = ()
     module: nn.Module | None = None
@@ -58,12 +58,7 @@ def low_rank_update(
 
 
 def resolve_head(module: nn.Module) -> Head:
-    """The head that a module is.
-
-    Raises:
-        TypeError: the module has no output features to speak of (it is not a linear layer of any
-            known kind and cannot be called on hidden states).
-    """
+    """The head that a module is; with a fallback reason where only calling it is right."""
     if _is_modules_to_save(module):
         return resolve_head(_active_copy(module))
     if _is_lora(module):

@@ -1,0 +1,107 @@
+"""Vocabulary parallelism on gloo ranks: the loss and every gradient against one process that holds the whole head."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import Tensor
+
+from cce_ext import VocabParallelOptions, linear_cross_entropy
+
+N, V, D, R = 17, 53, 12, 3
+OPTIONS: list[dict[str, Any]] = [
+    {},
+    {"softcap": 5.0, "label_smoothing": 0.1, "reduction": "sum", "bias": True},
+    {"shift": 1, "reduction": "none", "logit_scale": 0.5, "rank": R},
+    {"rank": R, "bias": True, "reduce_e_grad": False},
+    {"ignored": 1.0},
+]
+
+
+def problem(options: dict[str, Any]) -> tuple[dict[str, Tensor], Tensor]:
+    g = torch.Generator().manual_seed(0)
+    leaves = {"e": torch.randn(2, N, D, generator=g), "c": torch.randn(V, D, generator=g)}
+    if options.get("bias"):
+        leaves["bias"] = torch.randn(V, generator=g)
+    if options.get("rank"):
+        leaves["lora_a"] = torch.randn(R, D, generator=g)
+        leaves["lora_b"] = torch.randn(V, R, generator=g)
+    targets = torch.randint(V, (2, N), generator=g)
+    targets[torch.rand(2, N, generator=g) < options.get("ignored", 0.2)] = -100
+    return leaves, targets
+
+
+def loss_and_gradients(
+    leaves: dict[str, Tensor], targets: Tensor, options: dict[str, Any], parallel: Any = None
+) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    leaves = {name: t.clone().requires_grad_() for name, t in leaves.items()}
+    arguments = {
+        k: v for k, v in options.items() if k not in ("bias", "rank", "ignored", "reduce_e_grad")
+    }
+    e, c, *rest = leaves.values()
+    named = {name: t for name, t in leaves.items() if name not in ("e", "c")}
+    loss, lse = linear_cross_entropy(
+        e, c, targets, return_lse=True, vocab_parallel_options=parallel, **named, **arguments
+    )
+    total = (loss * torch.linspace(1, 2, loss.numel()).view(loss.shape)).sum() + lse.square().mean()
+    gradients = torch.autograd.grad(total, list(leaves.values()))
+    return loss.detach(), lse.detach(), dict(zip(leaves, gradients, strict=True))
+
+
+def bounds(world: int, uneven: bool) -> list[int]:
+    """Where the shards begin and end; an uneven split has an empty shard."""
+    if uneven:
+        return [0, *([V // 3] * (world - 1)), V]
+    each, extra = divmod(V, world)
+    return [rank * each + min(rank, extra) for rank in range(world + 1)]
+
+
+def worker(rank: int, world: int, store: str, uneven: bool) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
+    torch.set_num_threads(1)
+    for options in OPTIONS:
+        leaves, targets = problem(options)
+        loss, lse, truth = loss_and_gradients(leaves, targets, options)
+        edges = bounds(world, uneven)
+        mine = slice(edges[rank], edges[rank + 1])
+        reduce = options.get("reduce_e_grad", True)
+        parallel = VocabParallelOptions(mine.start, mine.stop, reduce_e_grad=reduce)
+        if not uneven:
+            even = VocabParallelOptions.from_vocab(V, reduce_e_grad=reduce)
+            assert (even.start, even.stop) == (mine.start, mine.stop)
+            parallel = even
+        sharded = ("c", "bias", "lora_b")
+        shard = {k: t[mine] if k in sharded else t for k, t in leaves.items()}
+        got, got_lse, gradients = loss_and_gradients(shard, targets, options, parallel)
+        torch.testing.assert_close(got, loss, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(got_lse, lse, rtol=1e-5, atol=1e-5)
+        if not reduce:
+            dist.all_reduce(gradients["e"])
+        for name, gradient in gradients.items():
+            expected = truth[name][mine] if name in sharded else truth[name]
+            error = (gradient - expected).norm() / truth[name].norm().clamp(min=1)
+            assert error < 1e-5, f"{options}: d{name} is off by {error:.1e}"
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("uneven", [False, True], ids=["even", "uneven"])
+@pytest.mark.parametrize("world", [2, 4])
+def test_sharded_equals_whole(world: int, uneven: bool, tmp_path: Path) -> None:
+    mp.start_processes(
+        worker, (world, str(tmp_path / "store"), uneven), nprocs=world, start_method="spawn"
+    )
+
+
+def test_wrong_shards_are_named() -> None:
+    e, c, t = torch.randn(4, D), torch.randn(V, D), torch.randint(V, (4,))
+    parallel = VocabParallelOptions(0, V - 1)
+    with pytest.raises(ValueError, match="c must hold vocab_parallel_options' rows, 52"):
+        linear_cross_entropy(e, c, t, vocab_parallel_options=parallel)
+    parallel = VocabParallelOptions(0, V, vocab_size=V)
+    with pytest.raises(ValueError, match="impl='reference' does not take"):
+        linear_cross_entropy(e, c, t, vocab_parallel_options=parallel, impl="reference")
