@@ -1,46 +1,35 @@
-"""The shapes that break things: one list for the CPU tests, the GPU tests, the parity tests and
-bench/.
+"""The shapes that break things, in one place: each sits at an edge of a tile, or is too small for any.
 
-Tiles of the compiled paths: rows 64 to 256, vocabulary 128 to 2048, K in steps of 32 and 64. Each
-shape sits at an edge of one of them, or is too small for any.
+(batch, length, vocabulary, hidden) each.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+Shape = tuple[int, int, int, int]
 
-
-class Shape(NamedTuple):
-    """N rows (tokens), V vocabulary size, D hidden size, R low rank (0: no adapter)."""
-
-    n: int
-    v: int
-    d: int
-    r: int = 0
-
-
-# Small enough for Triton's interpreter and for gradcheck-like comparisons.
-TINY = [
-    Shape(1, 7, 3),
-    Shape(5, 129, 40, 1),
-    Shape(33, 257, 64, 8),
-    Shape(2, 1, 8),
+# The CPU path: 1024 and 2048 vocabulary ids a block, one token, odd hidden sizes.
+CPU_TILES: list[Shape] = [
+    (1, 3, 7, 3),
+    (3, 5, 129, 17),
+    (2, 7, 1023, 8),
+    (2, 4, 1025, 33),
+    (1, 5, 2047, 12),
+    (2, 3, 2049, 5),
 ]
 
-# Around the tiles of every compiled path.
-RAGGED = [
-    Shape(1, 127, 8, 1),
-    Shape(1, 129, 33),
-    Shape(63, 128, 64, 8),
-    Shape(65, 255, 72, 100),
-    Shape(127, 2047, 17),
-    Shape(129, 2049, 40, 8),
-    Shape(257, 1025, 100, 256),
-    Shape(300, 4097, 64, 1),
+# The CPU path's rows: one, more than a forward block (1024) and than a backward block (2048).
+CPU_ROWS: list[Shape] = [(1, 1, 129, 8), (1, 1, 1, 4), (1, 1025, 300, 16), (3, 700, 1100, 24)]
+
+# The GPU kernels: 128 rows, 256 columns, 64 in K; 4096 columns a split.
+GPU_TILES: list[Shape] = [
+    (1, 1, 129, 33),
+    (1, 3, 7, 3),
+    (2, 64, 255, 72),
+    (1, 127, 256, 64),
+    (3, 43, 257, 200),
+    (2, 130, 4095, 17),
+    (1, 300, 4097, 128),
 ]
 
-# What a head of a real model looks like, scaled down to what a test can afford.
-REALISTIC = [
-    Shape(512, 8321, 256),
-    Shape(1000, 5000, 512, 16),
-]
+# The GPU kernels' offsets: N x V, and V x D, beyond 2^31.
+GPU_HUGE: list[tuple[int, int, int]] = [(65536, 49152, 64), (256, 4_300_000, 512)]
