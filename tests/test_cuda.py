@@ -10,27 +10,18 @@ import torch
 
 from cce_ext import diagnostics, linear_cross_entropy
 from tests.oracle import Case, compare, differentiate, ours
+from tests.shapes import GPU_HUGE, GPU_TILES
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 SLACK = 1e-4
 DTYPES = [torch.bfloat16, torch.float16]
-# Tiles are 128 rows x 256 columns x 64 in K; splits 4096 columns.
-SHAPES = [
-    (1, 1, 129, 33),
-    (1, 3, 7, 3),
-    (2, 64, 255, 72),
-    (1, 127, 256, 64),
-    (3, 43, 257, 200),
-    (2, 130, 4095, 17),
-    (1, 300, 4097, 128),
-]
 
 
 @pytest.mark.parametrize("rank", [0, 1, 8, 100, 256])
 @pytest.mark.parametrize("ignored", [0.0, 0.4])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_every_option(dtype: torch.dtype, ignored: float, rank: int) -> None:
-    shapes = itertools.cycle(SHAPES)
+    shapes = itertools.cycle(GPU_TILES)
     options = itertools.product(
         (False, True), (None, 5.0), (0, 1, 2), ("mean", "sum", "none"), (0.0, 0.1)
     )
@@ -89,7 +80,7 @@ def test_logits_beyond_float16() -> None:
     torch.testing.assert_close(loss, expected, rtol=0, atol=2.0**-6)
 
 
-@pytest.mark.parametrize("shape", [(65536, 49152, 64), (256, 4_300_000, 512)], ids=str)
+@pytest.mark.parametrize("shape", GPU_HUGE, ids=str)
 def test_more_than_two_billion(shape: tuple[int, int, int]) -> None:
     """N x V, and V x D, beyond 2³¹: loss and gradients of some rows against the formula."""
     n, v, d = shape

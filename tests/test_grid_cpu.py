@@ -10,25 +10,16 @@ import torch
 
 from cce_ext import linear_cross_entropy
 from tests.oracle import Case, compare
+from tests.shapes import CPU_ROWS, CPU_TILES, Shape
 
 SLACK = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 1e-3, torch.float16: 1e-3}
-# (batch, length, vocab, hidden): tile edges of the vocabulary (1024 and 2048 columns), one token,
-# odd hidden sizes.
-SHAPES = [
-    (1, 3, 7, 3),
-    (3, 5, 129, 17),
-    (2, 7, 1023, 8),
-    (2, 4, 1025, 33),
-    (1, 5, 2047, 12),
-    (2, 3, 2049, 5),
-]
 
 
 @pytest.mark.parametrize("rank", [0, 1, 8, 100, 256])
 @pytest.mark.parametrize("ignored", [0.0, 0.4, 1.0])
 @pytest.mark.parametrize("dtype", list(SLACK), ids=str)
 def test_every_option(dtype: torch.dtype, ignored: float, rank: int) -> None:
-    shapes = itertools.cycle(SHAPES)
+    shapes = itertools.cycle(CPU_TILES)
     options = itertools.product(
         (False, True), (None, 5.0), (0, 1, 2), ("mean", "sum", "none"), (0.0, 0.1)
     )
@@ -46,11 +37,9 @@ def test_every_option(dtype: torch.dtype, ignored: float, rank: int) -> None:
 
 
 @pytest.mark.parametrize("dtype", list(SLACK), ids=str)
-@pytest.mark.parametrize(
-    "shape", [(1, 1, 129, 8), (1, 1, 1, 4), (1, 257, 300, 16), (3, 700, 1100, 24)], ids=str
-)
-def test_row_blocks(shape: tuple[int, int, int, int], dtype: torch.dtype) -> None:
-    """One token, one id, more rows than a forward block (256) and than a backward block (2048)."""
+@pytest.mark.parametrize("shape", CPU_ROWS, ids=str)
+def test_row_blocks(shape: Shape, dtype: torch.dtype) -> None:
+    """One token, one id, more rows than a forward block and than a backward block."""
     for ignored in (0.0, 0.3):
         compare(Case(*shape, rank=4, dtype=dtype, bias=True, ignored=ignored)).check(SLACK[dtype])
 
