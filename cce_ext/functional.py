@@ -200,8 +200,10 @@ def _compiled_reason(device: torch.device, dtype: torch.dtype) -> str:
 
 @functools.lru_cache(maxsize=64)
 def _find_reason(device: torch.device, dtype: torch.dtype) -> str:
-    """Raises:
-    RuntimeError: CUDA tensors, and the compiled library has no CUDA kernels at all.
+    """What :func:`_compiled_reason` answers.
+
+    Raises:
+        RuntimeError: CUDA tensors, and the compiled library has no CUDA kernels at all.
     """
     if device.type not in _COMPILED_DTYPES:
         return f"no compiled kernels for {device.type} tensors"
