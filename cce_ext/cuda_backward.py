@@ -1,9 +1,8 @@
 """The exact backward on CUDA: logit gradients chunk by chunk, then ordinary matmuls.
 
 Method: for a stretch of the vocabulary, ``cce::dlogits_`` recomputes the logits with the forward's
-    own mainloop and writes
-their gradient G as a 16-bit chunk of bounded size; then dC = Gᵀ E and dE += G C (likewise dB, dU,
-dbias), accumulated in fp32 over the chunks. Nothing waits for the device.
+own mainloop and writes their gradient G as a 16-bit chunk of bounded size; then dC = Gᵀ E and dE +=
+G C (likewise dB, dU, dbias), accumulated in fp32 over the chunks. Nothing waits for the device.
 """
 
 from __future__ import annotations
@@ -108,8 +107,7 @@ def exact_backward(
     """The CUDA kernel of ``cce::linear_ce_backward``; arguments and results as its schema says.
 
     Shapes: e (N, D), c (V, D), u (N, R), lora_b (V, R), bias (V,), the others (N,). Workspace: fp32
-        dE (N, D)
-    and dU (N, R), and one chunk of (N, columns) 16-bit numbers, together 280 MB unless
+    dE (N, D) and dU (N, R), and one chunk of (N, columns) 16-bit numbers, together 280 MB unless
     ``CCE_BACKWARD_WORKSPACE_MB`` says otherwise (or the sums alone are larger).
     """
     n, v = e.shape[0], c.shape[0]

@@ -160,9 +160,8 @@ def linear_ce(
     logits.
 
     Shapes: e (..., D), c (V, D), targets (...) integers, bias (V,), u (..., R) = lora_scale * e @
-        lora_a.T, lora_b (V, R).
-    Returns nll and lse in targets' shape, float32 (float64 for float64 inputs); zeros where targets
-    == ignore_index.
+    lora_a.T, lora_b (V, R). Returns nll and lse in targets' shape, float32 (float64 for float64
+    inputs); zeros where targets == ignore_index.
     """
     nll, lse, *_ = torch.ops.cce.linear_ce_forward(
         e.reshape(-1, e.shape[-1]),

@@ -2,10 +2,9 @@
 gets the same loss.
 
 Method: each rank's logsumexp and target logit come from its own shard; the global logsumexp is that
-    of the ranks' (max
-all-reduce, then sum), the target logit the sum over ranks, of which one holds it. The backward of a
-shard is the ordinary one with the global logsumexp, and the hidden states' gradient is summed over
-the ranks in float32.
+of the ranks' (max all-reduce, then sum), the target logit the sum over ranks, of which one holds
+it. The backward of a shard is the ordinary one with the global logsumexp, and the hidden states'
+gradient is summed over the ranks in float32.
 """
 
 from __future__ import annotations
