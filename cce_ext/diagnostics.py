@@ -6,8 +6,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import Tensor
 
 _last: dict[str, Any] = {}
+# Of the last sparse backward, on the device until somebody asks: tally, dropped share, exact rows.
+_sparse: list[Tensor] = []
 
 
 def record(**facts: Any) -> None:
@@ -16,6 +19,12 @@ def record(**facts: Any) -> None:
         return
     _last.clear()
     _last.update(facts)
+    _sparse.clear()
+
+
+def record_backward(tally: Tensor, dropped_share: Tensor, exact: Tensor) -> None:
+    """Keeps what a sparse backward found; nothing is read before `diagnostics` is called."""
+    _sparse[:] = [tally, dropped_share, exact]
 
 
 def diagnostics() -> dict[str, Any]:
@@ -24,4 +33,16 @@ def diagnostics() -> dict[str, Any]:
     filter (the resolved threshold and what it may filter; the backward is exact on every device
     today). Empty before the first call and for compiled callers.
     """
-    return dict(_last)
+    facts = dict(_last)
+    if _sparse:
+        tally, share, exact = _sparse
+        candidates, kept, overflowed, blocks = tally.tolist()
+        facts |= {
+            "candidates": candidates,
+            "kept": kept,
+            "dropped_share": share.item(),
+            "overflowed_blocks": overflowed,
+            "row_blocks": blocks,
+            "exact_rows": int(exact.sum()),
+        }
+    return facts

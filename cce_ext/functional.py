@@ -15,8 +15,15 @@ from cce_ext.constants import IGNORE_INDEX
 from cce_ext.diagnostics import record
 from cce_ext.distributed.vocab_parallel import VocabParallelOptions, reduce_gradient, sharded_loss
 from cce_ext.heads import Adapter, Head, low_rank_update, resolve_head
-from cce_ext.options import LinearCrossEntropyImpl, LossOptions, implementation_name, resolve_filter
+from cce_ext.options import (
+    Filter,
+    LinearCrossEntropyImpl,
+    LossOptions,
+    implementation_name,
+    resolve_filter,
+)
 from cce_ext.reference import RowStatistics, finish_logits, statistics, statistics_of_logits
+from cce_ext.sparse.op import refusal
 
 _COMPILED_DTYPES = {
     "cpu": (torch.float64, torch.float32, torch.bfloat16, torch.float16),
@@ -265,11 +272,30 @@ def _rows(
         run = statistics if name == "reference" else compiled_statistics()
         return run(e, head.weight, targets, head.bias, u, b, options, metrics)
     pair, reason = _pair(name, e)
-    record(
-        path={"linear_ce": "compiled"}.get(pair, pair.removesuffix("_ce")), reason=reason, **facts
-    )
+    inputs = (e, head.weight, targets, head.bias, u, b)
+    if pair == "linear_ce" and e.device.type == "cuda" and _differentiates(inputs):
+        exact = _exact_reason(e, head.weight, options, facts["filter"])
+        facts["exact"] = exact
+        if not exact:
+            pair = "sparse_ce"
+    path = {"linear_ce": "compiled", "sparse_ce": "compiled"}
+    record(path=path.get(pair, pair.removesuffix("_ce")), reason=reason, **facts)
+    if pair == "sparse_ce":
+        op = torch.ops.cce.sparse_ce_forward
+        return RowStatistics(*op(*inputs, *options, 0, 0, metrics, *facts["filter"])[:7])
     op = getattr(torch.ops.cce, f"{pair}_forward")
-    return RowStatistics(*op(e, head.weight, targets, head.bias, u, b, *options, 0, 0, metrics))
+    return RowStatistics(*op(*inputs, *options, 0, 0, metrics))
+
+
+def _differentiates(inputs: tuple[Tensor | None, ...]) -> bool:
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
+
+
+def _exact_reason(e: Tensor, weight: Tensor, options: LossOptions, wanted: Filter) -> str:
+    """Why the backward of a call on a GPU is exact, '' where it is sparse."""
+    if wanted.eps is None:
+        return "no filter was asked for"
+    return refusal(weight, e.shape[0], options, wanted.eps)
 
 
 def _check_parallel(

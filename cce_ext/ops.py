@@ -18,6 +18,7 @@ from torch.amp.autocast_mode import _cast
 from cce_ext import _load, blocked
 from cce_ext.blocked import accumulate_dtype
 from cce_ext.cuda_backward import exact_backward
+from cce_ext.sparse import op as sparse
 
 # Inputs of a forward op, in order.
 _INPUTS = ("e", "c", "targets", "bias", "u", "lora_b")
@@ -189,4 +190,8 @@ def register() -> None:
     if torch._C._dispatch_has_kernel_for_dispatch_key("cce::linear_ce_forward", "CUDA"):
         _library.impl("linear_ce_backward", exact_backward, "CUDA")
     register_pair("linear_ce")
+    sparse.register(_library, _fake_forward, _fake_backward, _refuse_double_backward)
+    _library.impl(
+        "sparse_ce_forward", _make_autocast("sparse_ce", "cuda", "AutocastCUDA"), "AutocastCUDA"
+    )
     define_pair("blocked_ce", blocked.forward, blocked.backward)

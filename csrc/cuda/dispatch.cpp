@@ -8,7 +8,8 @@ namespace cce::cuda {
 
 const std::vector<Backend>& backends() {
   static const std::vector<Backend> table = {
-      {"sm80", sm80::kBlockM, sm80::kBlockN, sm80::unsupported, sm80::forward, sm80::backward},
+      {"sm80", sm80::kBlockM, sm80::kBlockN, sm80::unsupported, sm80::forward, sm80::backward,
+       sm80::product},
   };
   return table;
 }

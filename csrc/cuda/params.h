@@ -44,11 +44,24 @@ struct Partials {
   float* logit_sum = nullptr;  // Σ z, null unless label smoothing
   float* weighted = nullptr;   // Σ 2^(z log2(e) - max) z, null unless metrics
   int32_t* argmax = nullptr;   // shard-local id, null unless metrics
+  float* capped = nullptr;     // Σ 2^(z log2(e) - max) softcap'(z), null unless training with a softcap
 };
+
+// Where the training forward puts entries that the sparse gradient may keep, pooled over the rows of a row block.
+struct Candidates {
+  const float* bound2 = nullptr;  // (N,) by row: a lower bound of the row's lse, base 2
+  float log2_eps = 0.0f;          // of the threshold
+  uint2* pool = nullptr;          // (row blocks, capacity): {shard-local id | row in block << 25, logit}
+  int32_t* counts = nullptr;      // (row blocks,) candidates found, those that did not fit included
+  int64_t capacity = 0;           // entries a row block
+};
+// Bits of the id in a candidate; a block has 128 rows.
+constexpr int kCandidateIdBits = 25;
 
 struct ForwardParams {
   Head head;
   Partials partials;        // of this launch: its first split is row 0
+  Candidates candidates;    // no pool: none are looked for
   int64_t n = 0;            // leading dimension of the partials
   int tiles_per_split = 1;  // column tiles that share one partial
 };
@@ -59,6 +72,30 @@ struct BackwardParams {
   void* dlogits = nullptr;            // (N, ld_dlogits), the head's dtype
   int64_t ld_dlogits = 0;             // multiple of 8
   int64_t n = 0;
+  bool compact = false;   // row i of dlogits is position i of the order, and no row beyond the count is touched
+  bool tail = false;      // instead of gradients: a p softcap' of entries with p < tail_eps, targets left out
+  float tail_eps = 0.0f;
+};
+
+// out (m, n) += op(a) b over k, fp32 sums: the exact backward's products where their size is known to the device alone.
+struct ProductParams {
+  Dtype dtype = Dtype::kBFloat16;  // of a and b
+  const void* a = nullptr;         // (m, k), or transposed: (k, m)
+  int64_t lda = 0;
+  bool transposed = false;
+  const void* b = nullptr;  // (k, n)
+  int64_t ldb = 0;
+  const int32_t* b_rows = nullptr;  // row i of b is row b_rows[i]; null: i
+  int64_t m = 0, n = 0, k = 0;
+  const int32_t* count = nullptr;  // (1,): the true m, or with a transposed the true k
+  // Where sums go: added to `sums` (m, n), or set there if `first`; with `out`, that total goes to out instead. Without
+  // sums: added to out.
+  float* sums = nullptr;
+  bool first = false;
+  void* out = nullptr;
+  int64_t ld_out = 0;
+  bool out_fp32 = false;              // out is float, else of the dtype
+  const int32_t* out_rows = nullptr;  // row i of out is row out_rows[i]; null: i
 };
 
 }  // namespace cce::cuda

@@ -19,7 +19,8 @@ STABLE_TORCH_LIBRARY(cce, m) {
       "Tensor dbias, Tensor du, Tensor dlora_b)");
   // Pieces of the CUDA backward. row_order: row numbers, those that count first, and how many count. row_gradients: one
   // 32-byte record a row, in that order. dlogits_: writes dloss/dproduct of one chunk of the vocabulary, whose first
-  // shard-local id is first_col; rows that do not count become zeros.
+  // shard-local id is first_col; rows that do not count become zeros. compact: rows of out by position in the order, those
+  // beyond the count untouched. tail_eps: instead of gradients, a p softcap' of entries below that probability.
   m.def("row_order(Tensor targets, int ignore_index) -> (Tensor rows, Tensor count)");
   m.def(
       "row_gradients(Tensor? dnll, Tensor? dlse, Tensor lse, Tensor targets, Tensor row_order, "
@@ -28,5 +29,43 @@ STABLE_TORCH_LIBRARY(cce, m) {
   m.def(
       "dlogits_(Tensor(a!) out, Tensor e, Tensor c, Tensor? bias, Tensor? u, Tensor? lora_b, "
       "Tensor row_order, Tensor row_count, Tensor row_gradients, int first_col, float softcap, "
-      "float logit_scale, float label_smoothing) -> ()");
+      "float logit_scale, float label_smoothing, bool compact=False, float? tail_eps=None) -> ()");
+  // Pieces of the sparse gradient, in the order of their use; see cce_ext/sparse. Lists have a fixed capacity.
+  m.def(
+      "target_logits(Tensor e, Tensor c, Tensor targets, Tensor? bias, Tensor? u, Tensor? lora_b, "
+      "int ignore_index, float softcap, float logit_scale, int vocab_start, int vocab_total, "
+      "Tensor row_order, Tensor row_count) -> Tensor");
+  m.def(
+      "row_bounds(Tensor products, Tensor? bias, Tensor counts, Tensor target_logit, int strided, "
+      "int vocab, float softcap, float logit_scale) -> Tensor");
+  m.def(
+      "training_forward(Tensor e, Tensor c, Tensor targets, Tensor? bias, Tensor? u, "
+      "Tensor? lora_b, int ignore_index, float softcap, float logit_scale, float label_smoothing, "
+      "int vocab_start, int vocab_total, bool metrics, Tensor row_order, Tensor row_count, "
+      "Tensor target_logit, Tensor bound2, float eps, int capacity) -> (Tensor nll, Tensor lse, "
+      "Tensor logit_sum, Tensor max_logit, Tensor argmax, Tensor entropy, Tensor max_sum, "
+      "Tensor capped, Tensor pool, Tensor counts)");
+  m.def(
+      "count_kept(Tensor pool, Tensor counts, Tensor bound2, Tensor row_order, Tensor row_count, "
+      "Tensor lse, Tensor target_logit, Tensor targets, float eps, int ignore_index, "
+      "int shard_size, int vocab_start, int vocab_total) -> (Tensor kept, Tensor exact)");
+  m.def(
+      "write_kept(Tensor pool, Tensor counts, Tensor bound2, Tensor row_order, Tensor row_count, "
+      "Tensor lse, Tensor target_logit, Tensor targets, float eps, int ignore_index, "
+      "int shard_size, int vocab_start, int vocab_total, Tensor exact, Tensor first, "
+      "int id_bits, Tensor(a!) keys, Tensor(b!) logits) -> ()");
+  m.def("sort_pairs(Tensor keys, Tensor values, int bits) -> (Tensor keys, Tensor values)");
+  m.def(
+      "dropped_mass(Tensor max_sum, Tensor capped, Tensor first, Tensor ids, Tensor logits, "
+      "Tensor row_order, Tensor row_count, Tensor lse, int shard_size, float softcap) -> Tensor");
+  m.def(
+      "entry_weights(Tensor count, Tensor rows, Tensor ids, Tensor logits, Tensor a, Tensor d, "
+      "Tensor lse, Tensor targets, float softcap, float logit_scale, float label_smoothing, "
+      "int vocab_start) -> Tensor");
+  m.def(
+      "gather_(Tensor(a!) out, Tensor source, Tensor first, Tensor items, Tensor weights, "
+      "Tensor? order, Tensor? out_rows, Tensor(b!)? sums) -> ()");
+  m.def(
+      "product_(Tensor(a!)? sums, Tensor(b!)? out, Tensor a, Tensor b, Tensor count, "
+      "bool transposed, bool first, Tensor? b_rows, Tensor? out_rows) -> ()");
 }

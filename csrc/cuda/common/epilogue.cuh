@@ -10,6 +10,7 @@
 
 #include "core/loss_math.h"
 #include "cuda/common/rows.h"
+#include "cuda/params.h"
 #include "cuda/ptx/math.cuh"
 
 namespace cce::cuda {
@@ -155,6 +156,61 @@ __device__ __forceinline__ float thread_weighted(const float (&z)[kElements], in
   return s;
 }
 
+// Σ 2^(log2(e) z - reference) softcap'(z).
+template <int kElements>
+__device__ __forceinline__ float thread_capped(const float (&z)[kElements], int h, float reference,
+                                               float inv_softcap) {
+  float s = 0.0f;
+#pragma unroll
+  for (int j = 0; j < kElements / 4; ++j) {
+#pragma unroll
+    for (int e = 0; e < 2; ++e) {
+      const float x = z[4 * j + 2 * h + e];
+      const float w = ptx::ex2(fmaf(x, kLog2E, -reference));
+      s += w == 0.0f ? 0.0f : w * core::softcap_grad(x, inv_softcap);
+    }
+  }
+  return s;
+}
+
+// Appends the entries of one row of the pair that are at least `cut` to the row block's pool. All lanes of the warp take
+// part; top: the largest of the row's elements in the quad; to_logit: factor from acc to z.
+template <typename Columns, int kElements>
+__device__ __forceinline__ void emit_candidates(const float (&acc)[kElements], int h, float top,
+                                                float cut, float to_logit, int first_col, int row,
+                                                uint2* pool, int32_t* count, int64_t capacity) {
+  if (!__any_sync(~0u, top >= cut)) return;
+  uint32_t hits = 0;
+#pragma unroll
+  for (int j = 0; j < kElements / 4; ++j) {
+#pragma unroll
+    for (int e = 0; e < 2; ++e) hits |= (acc[4 * j + 2 * h + e] >= cut ? 1u : 0u) << (2 * j + e);
+  }
+  const int lane = threadIdx.x % 32, mine = __popc(hits);
+  int until = mine;  // of the lanes up to this one
+#pragma unroll
+  for (int d = 1; d < 32; d *= 2) {
+    const int before = __shfl_up_sync(~0u, until, d);
+    if (lane >= d) until += before;
+  }
+  int at = 0;
+  if (lane == 31) at = atomicAdd(count, until);
+  at = __shfl_sync(~0u, at, 31) + until - mine;
+  const uint32_t key = static_cast<uint32_t>(row) << kCandidateIdBits;
+#pragma unroll
+  for (int j = 0; j < kElements / 4; ++j) {
+#pragma unroll
+    for (int e = 0; e < 2; ++e) {
+      if (!(hits >> (2 * j + e) & 1u)) continue;
+      if (at < capacity) {
+        pool[at] = make_uint2(key | static_cast<uint32_t>(first_col + Columns::at(j) + e),
+                              __float_as_uint(acc[4 * j + 2 * h + e] * to_logit));
+      }
+      ++at;
+    }
+  }
+}
+
 // Σ z over columns that exist (their number of columns is known to the caller through `cols`).
 template <typename Columns, int kElements>
 __device__ __forceinline__ float thread_sum(const float (&z)[kElements], int h, int first_col,
@@ -203,7 +259,26 @@ __device__ __forceinline__ void logits_to_gradients(float (&z)[kElements], int h
   }
 }
 
-// The same from raw products, where only a positive factor lies between them and the logits and nothing is smoothed.
+// z -> a p softcap'(z) of the entries that the sparse gradient drops, 0 for the others, in place.
+template <typename Columns, int kElements>
+__device__ __forceinline__ void logits_to_tail(float (&z)[kElements], int h,
+                                               const RowGradient& row, int target, float eps,
+                                               const LogitParams& p, int first_col) {
+#pragma unroll
+  for (int j = 0; j < kElements / 4; ++j) {
+#pragma unroll
+    for (int e = 0; e < 2; ++e) {
+      float& x = z[4 * j + 2 * h + e];
+      const float weight = ptx::ex2(fmaf(x, kLog2E, -row.lse2));
+      const bool kept = weight >= eps || first_col + Columns::at(j) + e == target;
+      float t = kept ? 0.0f : row.a * weight;
+      if (p.softcap != 0.0f && t != 0.0f) t *= core::softcap_grad(x, p.inv_softcap);
+      x = t;
+    }
+  }
+}
+
+// Gradients from raw products, where only a positive factor lies between them and the logits and nothing is smoothed.
 // a and target_weight: already times that factor.
 template <typename Columns, int kElements>
 __device__ __forceinline__ void products_to_gradients(float (&acc)[kElements], int h, float a,

@@ -5,14 +5,25 @@
 namespace cce::cuda::sm80 {
 namespace {
 
-template <typename T, typename Config, bool kGeneral>
-cudaError_t run(const BackwardParams& p, cudaStream_t stream) {
+template <typename T, typename Config, Epilogue kEpilogue>
+cudaError_t launch_as(const BackwardParams& p, cudaStream_t stream) {
   // One column tile a unit: the finest grain, so that the last wave of a chunk is as full as it can be.
   const Work work = make_work(p.head, p.n, 1, Config::kBlockM, Config::kBlockN);
-  return launch<Config>(backward_mainloop<T, Config, kGeneral>, backward_shared_bytes<Config>(),
+  return launch<Config>(backward_mainloop<T, Config, kEpilogue>, backward_shared_bytes<Config>(),
                         work, stream, LogitParams(p.head.options, p.head.bias, p.head.c.rows),
                         p.rows, static_cast<int>(p.head.first_col), static_cast<T*>(p.dlogits),
-                        p.ld_dlogits);
+                        p.ld_dlogits, p.compact, p.tail_eps);
+}
+
+template <typename T, typename Config, bool kHasPlain>
+cudaError_t run(const BackwardParams& p, cudaStream_t stream) {
+  const bool plain = LogitParams(p.head.options, p.head.bias, p.head.c.rows).plain() &&
+                     p.head.options.label_smoothing == 0.0;
+  if (p.tail) return launch_as<T, Config, Epilogue::kTail>(p, stream);
+  if constexpr (kHasPlain) {
+    if (plain) return launch_as<T, Config, Epilogue::kPlain>(p, stream);
+  }
+  return launch_as<T, Config, Epilogue::kGeneral>(p, stream);
 }
 
 template <typename Config>
@@ -22,12 +33,9 @@ bool fits() {
 
 template <typename T>
 cudaError_t choose(const BackwardParams& p, cudaStream_t stream) {
-  const bool plain = LogitParams(p.head.options, p.head.bias, p.head.c.rows).plain() &&
-                     p.head.options.label_smoothing == 0.0;
-  if (fits<Huge>()) return plain ? run<T, Huge, false>(p, stream) : run<T, Huge, true>(p, stream);
-  if (fits<Large>())
-    return plain ? run<T, Large, false>(p, stream) : run<T, Large, true>(p, stream);
-  return run<T, Small, true>(p, stream);
+  if (fits<Huge>()) return run<T, Huge, true>(p, stream);
+  if (fits<Large>()) return run<T, Large, true>(p, stream);
+  return run<T, Small, false>(p, stream);
 }
 
 }  // namespace

@@ -1,5 +1,6 @@
 // The sm_80 exact backward's recompute: the forward's long-K product again, its epilogue writing G = dloss/dproduct of one
-// stretch of the vocabulary, 16 bit, row-major, rows at their original places. Ordinary matmuls turn G into gradients.
+// stretch of the vocabulary, 16 bit, row-major, rows at their original places or by position. Matmuls turn G into
+// gradients. The sparse backward learns the shape of its tail from the same kernel (kTail).
 //
 // Tile, stages, warps and barriers: sm80/mainloop.cuh. Shared memory: the pipeline, then two sets of the rows' gradient
 // records (128 x 32 bytes): while a unit works with one, the next unit's records are copied into the other, as part of
@@ -68,16 +69,20 @@ __device__ __forceinline__ void copy_records(RowGradient* to, const RowGradient*
   ptx::cp_async_16(ptx::shared_address(to) + threadIdx.x * 16, source, false);
 }
 
-// kGeneral: bias, softcap, label smoothing or a negative scale.
-template <typename T, typename Config, bool kGeneral>
+// What the epilogue makes: gradients where only a positive factor lies between product and logit; gradients with bias,
+// softcap, label smoothing or any scale; the dropped entries' weights, with everything.
+enum class Epilogue { kPlain, kGeneral, kTail };
+
+template <typename T, typename Config, Epilogue kEpilogue>
 __global__ void __launch_bounds__(Config::kThreads, 1)
     backward_mainloop(const __grid_constant__ Work work, const LogitParams logits,
-                      const RowGradient* records, int first_col, T* dlogits, int64_t ld) {
+                      const RowGradient* records, int first_col, T* dlogits, int64_t ld,
+                      bool compact, float tail_eps) {
   extern __shared__ __align__(128) uint8_t shared[];
   auto* sets = reinterpret_cast<RowGradient*>(shared + Config::kPipelineBytes);
   const int count = __ldg(work.row_count);
   const int row_blocks = (count + Config::kBlockM - 1) / Config::kBlockM;
-  clear_ignored_rows(work, count, dlogits, ld);
+  if (!compact) clear_ignored_rows(work, count, dlogits, ld);
   Cursor<Config> at(work, row_blocks);
   if (at.done()) return;
   copy_records<Config>(sets, records, at.row_block, work.n);
@@ -105,21 +110,25 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
     const int first = at.tile * Config::kBlockN + warp_col;
 #pragma unroll
     for (int m = 0; m < Config::kMmaM; ++m) {
-      if constexpr (kGeneral) make_logits<Columns>(acc[m], logits, first, -INFINITY);
+      if constexpr (kEpilogue != Epilogue::kPlain)
+        make_logits<Columns>(acc[m], logits, first, -INFINITY);
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
         const int r = warp_row + 16 * m + 8 * h;
         const RowGradient row = sets[set * Config::kBlockM + r];
         const int target = row.target < 0 ? -1 : row.target - first_col;
-        if constexpr (kGeneral) {
+        if constexpr (kEpilogue == Epilogue::kTail) {
+          logits_to_tail<Columns>(acc[m], h, row, target, tail_eps, logits, first);
+        } else if constexpr (kEpilogue == Epilogue::kGeneral) {
           logits_to_gradients<Columns>(acc[m], h, row, target, logits, first);
         } else {
           products_to_gradients<Columns>(acc[m], h, row.a * logits.logit_scale,
                                          row.target_weight * logits.logit_scale, row.lse2, scale,
                                          target, first);
         }
-        const bool exists = at.row_block * Config::kBlockM + r < count;
-        if (exists) store_row<T>(acc[m], h, dlogits + row.row * ld, first, ld);
+        const int64_t position = at.row_block * Config::kBlockM + r;
+        if (position < count)
+          store_row<T>(acc[m], h, dlogits + (compact ? position : row.row) * ld, first, ld);
       }
     }
     fresh = at.next_tile(work);

@@ -5,13 +5,19 @@
 namespace cce::cuda::sm80 {
 namespace {
 
-template <typename T, typename Config, bool kGeneral>
-cudaError_t run(const ForwardParams& p, cudaStream_t stream) {
+template <typename T, typename Config, bool kGeneral, bool kTraining>
+cudaError_t launch_mode(const ForwardParams& p, cudaStream_t stream) {
   const Work work = make_work(p.head, p.n, p.tiles_per_split, Config::kBlockM, Config::kBlockN);
   const LogitParams logits(p.head.options, p.head.bias, p.head.c.rows);
-  return launch<Config>(forward_mainloop<T, Config, kGeneral>,
+  return launch<Config>(forward_mainloop<T, Config, kGeneral, kTraining>,
                         forward_shared_bytes<Config>(kGeneral), work, stream, logits, p.partials,
-                        p.n, static_cast<int>(p.head.first_col));
+                        p.candidates, p.n, static_cast<int>(p.head.first_col));
+}
+
+template <typename T, typename Config, bool kGeneral>
+cudaError_t run(const ForwardParams& p, cudaStream_t stream) {
+  return p.candidates.pool ? launch_mode<T, Config, kGeneral, true>(p, stream)
+                           : launch_mode<T, Config, kGeneral, false>(p, stream);
 }
 
 template <typename Config>

@@ -1,0 +1,266 @@
+"""The sparse backward on CUDA: kept entries gathered by row and by column, the tail as a few small
+products, and the exact way for a list of rows whose length only the device knows."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from cce_ext import diagnostics
+from cce_ext.cuda_backward import exact_backward, readable
+from cce_ext.options import LossOptions
+from cce_ext.sparse import tail
+from cce_ext.sparse.forward import Lists
+
+# Bytes of a chunk of the sampled rows' tails, and of the exact rows' logit gradients.
+_TAIL_BYTES, _EXACT_BYTES = 32 << 20, 64 << 20
+_TILE_COLUMNS = 256
+# Lifts the sampled tails, whose rows add up to about 1, out of float16's smallest numbers.
+_LIFT = 2.0**10
+
+
+class _Call(NamedTuple):
+    """One backward: inputs as the kernels read them, upstream gradients by row, options."""
+
+    e: Tensor  # (N, D)
+    c: Tensor  # (V, D)
+    targets: Tensor
+    lse: Tensor
+    bias: Tensor | None  # float32
+    u: Tensor | None
+    lora_b: Tensor | None  # e's dtype
+    options: LossOptions
+    vocab: tuple[int, int]  # first id, size of the whole vocabulary
+    eps: float
+
+    def columns(self, first: int, last: int) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """A stretch of the classifier, of the bias and of B."""
+        b = None if self.lora_b is None else self.lora_b[first:last]
+        bias = None if self.bias is None else self.bias[first:last]
+        return readable(self.c[first:last], self.e.dtype), bias, b
+
+    def dlogits(self, out: Tensor, rows: tuple, first: int, columns: tuple, **mode: object) -> None:
+        """out = logit gradients (or tails) of some rows; rows: (order, count, records)."""
+        c, bias, b = columns
+        o = self.options
+        torch.ops.cce.dlogits_(
+            out, self.e, c, bias, self.u, b, *rows, first, o.softcap, o.logit_scale,
+            o.label_smoothing, compact=True, **mode,
+        )  # fmt: skip
+
+    def records(
+        self, dnll: Tensor | None, dlse: Tensor | None, order: Tensor, count: Tensor
+    ) -> Tensor:
+        o = self.options
+        return torch.ops.cce.row_gradients(
+            dnll, dlse, self.lse, self.targets, order, count, o.label_smoothing, o.ignore_index,
+            self.c.shape[0], *self.vocab,
+        )  # fmt: skip
+
+
+def backward(
+    dnll: Tensor | None,
+    dlse: Tensor | None,
+    e: Tensor,
+    c: Tensor,
+    targets: Tensor,
+    lse: Tensor,
+    bias: Tensor | None,
+    u: Tensor | None,
+    lora_b: Tensor | None,
+    lists: list[Tensor],
+    ignore_index: int,
+    softcap: float,
+    logit_scale: float,
+    label_smoothing: float,
+    vocab_start: int,
+    vocab_total: int,
+    eps: float,
+    e_grad: bool,
+    c_grad: bool,
+    need_e: bool,
+    need_c: bool,
+    need_bias: bool,
+    need_u: bool,
+    need_lora_b: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The CUDA kernel of ``cce::sparse_ce_backward``; arguments and results as
+    ``linear_ce_backward``'s, with the forward's lists, the threshold, and which gradients may be
+    sparse: e_grad for those by rows (e, u), c_grad for those by columns (c, bias, lora_b)."""
+    place = (ignore_index, softcap, logit_scale, label_smoothing, vocab_start, vocab_total)
+    inputs = (e, c, targets, lse, bias, u, lora_b)
+    needs = (need_e, need_c, need_bias, need_u, need_lora_b)
+    sparse = (e_grad, c_grad, c_grad, e_grad, c_grad)
+    filtered = [need and may for need, may in zip(needs, sparse, strict=True)]
+    exact = [need and not may for need, may in zip(needs, sparse, strict=True)]
+    results = _sparse(dnll, dlse, *inputs, Lists(*lists), *place, eps, *filtered)
+    if any(exact):
+        others = exact_backward(dnll, dlse, *inputs, *place, *exact)
+        results = tuple(o if x else r for r, o, x in zip(results, others, exact, strict=True))
+    return results
+
+
+def _sparse(
+    dnll, dlse, e, c, targets, lse, bias, u, lora_b, lists, ignore_index, softcap, logit_scale,
+    label_smoothing, vocab_start, vocab_total, eps, need_e, need_c, need_bias, need_u, need_lora_b,
+):  # fmt: skip
+    targets = targets.long().contiguous()
+    call = _Call(
+        readable(e, e.dtype),
+        c,
+        targets,
+        lse.contiguous(),
+        None if bias is None else bias.float().contiguous(),
+        None if u is None else readable(u, e.dtype),
+        None if lora_b is None else readable(lora_b, e.dtype),
+        LossOptions(ignore_index, softcap, logit_scale, label_smoothing),
+        (vocab_start, vocab_total or vocab_start + c.shape[0]),
+        eps,
+    )
+    valid = targets != ignore_index
+
+    def upstream(t: Tensor | None) -> Tensor:
+        return torch.zeros_like(lse) if t is None else torch.where(valid, t.float(), 0)
+
+    d = upstream(dnll)
+    dlse = None if dlse is None else upstream(dlse)
+    a = d if dlse is None else d + dlse
+    row_mass = lists.mass.sum(1)
+    share = tail.dropped_share(a, row_mass)
+    # A NaN goes the exact way, which carries it to where eager's would be.
+    exact = (lists.exact_rows | ~(share <= tail.FLAT)) & valid
+    diagnostics.record_backward(lists.tally, share, exact)
+    a_sparse, d_sparse = torch.where(exact, 0, a), torch.where(exact, 0, d)
+
+    # What is there for each gradient: (N, width) or (V, width), and where it starts from.
+    rows_of = [(need_e, call.c, e), (need_u and u is not None, call.lora_b, u)]
+    columns_of = [(need_c, call.e, c), (need_lora_b and lora_b is not None, call.u, lora_b)]
+    spread = _spread(call, lists, a_sparse, d_sparse, row_mass)
+    weights = torch.ops.cce.entry_weights(
+        lists.row_first[-1:], lists.rows, lists.ids, lists.logits, a_sparse, d_sparse, call.lse,
+        targets, softcap, logit_scale, label_smoothing, vocab_start,
+    )  # fmt: skip
+    dbias = tail.column_sum(spread) if need_bias and bias is not None else None
+    by_row = [
+        _row_gradient(spread, lists, weights, source, like) if need else None
+        for need, source, like in rows_of
+    ]
+    by_column = [
+        _column_gradient(spread, lists, weights, source, like, dbias if i == 0 else None)
+        if need
+        else None
+        for i, (need, source, like) in enumerate(columns_of)
+    ]
+    if dbias is not None and by_column[0] is None:
+        # Only the sums of the weights are wanted.
+        nothing = call.e.new_zeros(call.e.shape[0] + call.c.shape[0], 8)
+        torch.ops.cce.gather_(
+            nothing[: call.c.shape[0]], nothing[call.c.shape[0] :], lists.column_first, lists.rows,
+            weights, lists.order, None, dbias,
+        )  # fmt: skip
+    del spread, weights
+    _add_exact_rows(call, d, dlse, exact, by_row, by_column, dbias)
+    results = (by_row[0], by_column[0], dbias, by_row[1], by_column[1])
+    return tuple(
+        e.new_empty(0, dtype=torch.float32 if t is None else t.dtype)
+        if r is None
+        else r.to(t.dtype)
+        for r, t in zip(results, (e, c, bias, u, lora_b), strict=True)
+    )
+
+
+def _spread(call: _Call, lists: Lists, a: Tensor, d: Tensor, row_mass: Tensor) -> tail.Spread:
+    """The tail of every row: sampled rows' logits again, their dropped entries by class."""
+    v, o = call.c.shape[0], call.options
+    sample = tail.sample_rows(a, row_mass)
+    classes = tail.classify(call.e, call.u, sample.rows)
+    order = sample.rows.int()
+    size = order.shape[0]
+    count = torch.full((1,), size, device=order.device, dtype=torch.int32)
+    rows = (order, count, call.records(None, sample.weight * _LIFT, order, count))
+    member = tail.one_hot(classes[sample.rows], tail.CLASSES, call.e.dtype).T.contiguous()
+    weights = torch.empty(tail.CLASSES, v, device=order.device)
+    step = max(_TILE_COLUMNS, _TAIL_BYTES // (2 * size) // _TILE_COLUMNS * _TILE_COLUMNS)
+    buffer = torch.empty(size, -(-min(step, v) // 8) * 8, device=order.device, dtype=call.e.dtype)
+    for first in range(0, v, step):
+        last = min(first + step, v)
+        part = buffer[:, : last - first]
+        call.dlogits(part, rows, first, call.columns(first, last), tail_eps=call.eps)
+        weights[:, first:last] = tail.wide_mm(member, part)
+    uniform = None
+    if o.label_smoothing:
+        uniform = d * (-o.logit_scale * o.label_smoothing / call.vocab[1])
+    mass = lists.mass * (a * o.logit_scale)[:, None]
+    return tail.spread(mass, classes, tail.shapes(weights), uniform)
+
+
+def _row_gradient(
+    spread: tail.Spread, lists: Lists, weights: Tensor, source: Tensor, like: Tensor
+) -> Tensor:
+    """The gradient by `like` (N, width): tail and kept entries; source (V, width)."""
+    out = tail.row_gradient(spread, source)
+    torch.ops.cce.gather_(
+        out, source, lists.row_first, lists.ids, weights, None, lists.row_order, None
+    )
+    return out.to(like.dtype)
+
+
+def _column_gradient(
+    spread: tail.Spread,
+    lists: Lists,
+    weights: Tensor,
+    source: Tensor,
+    like: Tensor,
+    sums: Tensor | None,
+) -> Tensor:
+    """The gradient by `like` (V, width): tail and kept entries; source (N, width). sums (V,) gets
+    the entries' weights."""
+    out = torch.empty(like.shape, device=like.device, dtype=source.dtype)
+    tail.column_gradient(spread, source, out)
+    out = out.to(like.dtype)
+    torch.ops.cce.gather_(
+        out, source, lists.column_first, lists.rows, weights, lists.order, None, sums
+    )
+    return out
+
+
+def _add_exact_rows(
+    call: _Call,
+    d: Tensor,
+    dlse: Tensor | None,
+    exact: Tensor,
+    by_row: list[Tensor | None],
+    by_column: list[Tensor | None],
+    dbias: Tensor | None,
+) -> None:
+    """Gradients of the rows on the exact list, by recomputed logits: rows are overwritten, columns
+    are added to. An empty list costs a few empty launches."""
+    n, v = call.e.shape[0], call.c.shape[0]
+    order, count = torch.ops.cce.row_order(torch.where(exact, 0, -1), -1)
+    rows = (order, count, call.records(d, dlse, order, count))
+    sums = [None if t is None else torch.empty(t.shape, device=t.device) for t in by_row]
+    step = max(_TILE_COLUMNS, _EXACT_BYTES // (2 * n) // _TILE_COLUMNS * _TILE_COLUMNS)
+    buffer = torch.empty(n, -(-min(step, v) // 8) * 8, device=d.device, dtype=call.e.dtype)
+    for first in range(0, v, step):
+        last = min(first + step, v)
+        g = buffer[:, : last - first]
+        columns = call.columns(first, last)
+        call.dlogits(g, rows, first, columns)
+        for out, total, source in zip(by_row, sums, (columns[0], columns[2]), strict=True):
+            if out is not None:
+                done = out if last == v else None
+                torch.ops.cce.product_(
+                    total, done, g, source, count, False, first == 0, None, order
+                )
+        for out, source in zip(by_column, (call.e, call.u), strict=True):
+            if out is not None:
+                torch.ops.cce.product_(
+                    None, out[first:last], g, source, count, True, False, order, None
+                )
+        if dbias is not None:
+            ones = torch.ones(n, 8, device=g.device, dtype=g.dtype)
+            part = torch.zeros(last - first, 8, device=g.device)
+            torch.ops.cce.product_(None, part, g, ones, count, True, False, None, None)
+            dbias[first:last] += part[:, 0]

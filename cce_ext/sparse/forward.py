@@ -1,0 +1,214 @@
+"""The training forward on CUDA: the loss, and the lists from which the sparse backward works.
+
+A bound of each row's lse from a sample of its logits; one pass over the vocabulary, which also
+collects the entries above bound + log ε; then those that are kept, sorted by row and by column, and
+the mass of the others. Nothing waits for the device: every list has a fixed capacity.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from cce_ext.cuda_backward import readable
+from cce_ext.sparse import tail
+from cce_ext.sparse.reference import sampled_columns
+
+# Targets of the batch whose logits bound the lse from below.
+_SAMPLED_TARGETS = 1024
+# Rows whose sampled logits are in memory at a time.
+_BOUND_ROWS = 4096
+_ROW_BLOCK = 128
+
+
+class Lists(NamedTuple):
+    """What the backward needs beside the inputs. K: capacity of the lists, N rows, V ids, G groups.
+
+    Kept entries are sorted by row (in row_order) and id; order lists them by id and row.
+    """
+
+    rows: Tensor  # (K,) int32
+    ids: Tensor  # (K,) int32
+    logits: Tensor  # (K,) float32
+    order: Tensor  # (K,) int32
+    row_first: Tensor  # (N + 1,) int32: where the entries of a position in row_order start
+    column_first: Tensor  # (V + 1,) int32: where the entries of an id start in `order`
+    mass: Tensor  # (N, G) float32: Σ p softcap' of dropped entries
+    exact_rows: Tensor  # (N,) bool: rows whose candidates are not all known
+    row_order: Tensor  # (N,) int32
+    tally: Tensor  # (4,) int64: candidates, kept entries, row blocks that overflowed, row blocks
+
+
+def _growth(eps: float) -> float:
+    """How many more entries are above eps than above 2⁻¹³: trained heads have 1.5 to 1.6 times as
+    many a halving."""
+    return (2.0**-13 / eps) ** 0.65
+
+
+def candidate_capacity(n: int, v: int, eps: float) -> int:
+    """Candidates that a block of 128 rows can hold: 1024 a row at 2⁻¹³ (trained heads have 250 to
+    450, in their worst blocks 920), more where there are few rows."""
+    a_row = max(2**23 // max(n, 1), math.ceil(1024 * _growth(eps)))
+    return min(v, a_row) * min(n, _ROW_BLOCK)
+
+
+def kept_capacity(n: int, v: int, eps: float) -> int:
+    """Entries that the lists can hold, targets included: 320 a row at 2⁻¹³ (trained heads keep 110
+    to 190)."""
+    return min(n * v, max(n * math.ceil(320 * _growth(eps)), 2**16)) + n
+
+
+def lower_bounds(
+    e: Tensor,
+    c: Tensor,
+    targets: Tensor,
+    bias: Tensor | None,
+    u: Tensor | None,
+    lora_b: Tensor | None,
+    target_logit: Tensor,
+    order: Tensor,
+    count: Tensor,
+    softcap: float,
+    logit_scale: float,
+    vocab_start: int,
+) -> Tensor:
+    """A lower bound (N,) of each row's lse, in base 2; see `reference.sparse_gradients`."""
+    n, v = e.shape[0], c.shape[0]
+    strided = sampled_columns(v, e.device)
+    size = min(_SAMPLED_TARGETS, n)
+    places = torch.arange(size, device=e.device) * count // size
+    found = (targets[order[places]] - vocab_start).sort().values
+    inside = (found >= 0) & (found < v)
+    inside[1:] &= found[1:] != found[:-1]
+    ids = torch.cat([strided, found.clamp(0, v - 1)])
+    counts = torch.cat([torch.ones_like(strided, dtype=torch.uint8), inside.to(torch.uint8)])
+    columns = c[ids].T
+    b_columns = None if lora_b is None else lora_b[ids].to(e.dtype).T
+    sampled_bias = None if bias is None else bias[ids].float()
+    parts = []
+    for rows in torch.arange(n).split(_BOUND_ROWS):
+        part = slice(int(rows[0]), int(rows[-1]) + 1)
+        products = torch.mm(e[part], columns, out_dtype=torch.float32)
+        if u is not None:
+            products = torch.addmm(products, u[part], b_columns, out_dtype=torch.float32)
+        parts.append(
+            torch.ops.cce.row_bounds(
+                products, sampled_bias, counts, target_logit[part].contiguous(),
+                strided.shape[0], v, softcap, logit_scale,
+            )
+        )  # fmt: skip
+    return torch.cat(parts)
+
+
+def forward(
+    e: Tensor,
+    c: Tensor,
+    targets: Tensor,
+    bias: Tensor | None,
+    u: Tensor | None,
+    lora_b: Tensor | None,
+    ignore_index: int,
+    softcap: float,
+    logit_scale: float,
+    label_smoothing: float,
+    vocab_start: int,
+    vocab_total: int,
+    metrics: bool,
+    eps: float,
+) -> tuple[Tensor, ...]:
+    """The CUDA kernel of ``cce::sparse_ce_forward``: the seven results of ``linear_ce_forward``,
+    then the fields of `Lists`."""
+    n, v = e.shape[0], c.shape[0]
+    vocab_total = vocab_total or vocab_start + v
+    targets = targets.long().contiguous()
+    e = readable(e, e.dtype)
+    order, count = torch.ops.cce.row_order(targets, ignore_index)
+    place = (ignore_index, softcap, logit_scale, vocab_start, vocab_total)
+    target_logit = torch.ops.cce.target_logits(e, c, targets, bias, u, lora_b, *place, order, count)
+    bound2 = lower_bounds(
+        e, c, targets, bias, u, lora_b, target_logit, order, count, softcap, logit_scale, vocab_start
+    )  # fmt: skip
+    options = (ignore_index, softcap, logit_scale, label_smoothing, vocab_start, vocab_total)
+    nll, lse, logit_sum, max_logit, argmax, entropy, max_sum, capped, pool, found = (
+        torch.ops.cce.training_forward(
+            e, c, targets, bias, u, lora_b, *options, metrics, order, count, target_logit, bound2,
+            eps, candidate_capacity(n, v, eps),
+        )
+    )  # fmt: skip
+    lists = _lists(
+        (pool, found, bound2, order, count, lse, target_logit, targets, eps),
+        (ignore_index, v, vocab_start, vocab_total),
+        max_sum,
+        capped,
+        softcap,
+    )
+    return (nll, lse, target_logit, logit_sum, max_logit, argmax, entropy, *lists)
+
+
+def _lists(
+    pooled: tuple, place: tuple[int, int, int, int], max_sum: Tensor, capped: Tensor, softcap: float
+) -> Lists:
+    """The lists of kept entries, from the candidates and the final lse."""
+    pool, found, _, order, count, lse, _, targets, eps = pooled
+    ignore_index, v = place[:2]
+    n, device = targets.shape[0], targets.device
+    capacity = kept_capacity(n, v, eps)
+    kept, exact = torch.ops.cce.count_kept(*pooled, *place)
+    ends = kept.cumsum(0)
+    exact = exact | (ends > capacity).to(torch.uint8)
+    # A larger number than any position and id, in as many bits.
+    id_bits, row_bits = v.bit_length(), n.bit_length()
+    nothing = (1 << (id_bits + row_bits)) - 1
+    keys = torch.full((capacity,), nothing, device=device, dtype=torch.int64)
+    logits = torch.zeros(capacity, device=device)
+    torch.ops.cce.write_kept(*pooled, *place, exact, ends - kept, id_bits, keys, logits)
+    keys, logits = torch.ops.cce.sort_pairs(keys, logits, id_bits + row_bits)
+    starts = torch.arange(n + 1, device=device) << id_bits
+    row_first = torch.searchsorted(keys, starts, out_int32=True)
+    ids = (keys & ((1 << id_bits) - 1)).int()
+    rows = order[(keys >> id_bits).clamp_(max=n - 1)]
+    del keys
+    numbers = torch.arange(capacity, device=device, dtype=torch.int32)
+    sorted_ids, by_id = torch.ops.cce.sort_pairs(ids, numbers, id_bits)
+    columns = torch.arange(v + 1, device=device, dtype=torch.int32)
+    column_first = torch.searchsorted(sorted_ids, columns, out_int32=True)
+    mass = torch.ops.cce.dropped_mass(
+        max_sum, capped, row_first, ids, logits, order, count, lse, v, softcap
+    )
+    exact_rows = torch.zeros(n, device=device, dtype=torch.bool)
+    exact_rows[order.long()] = exact.bool().repeat_interleave(_ROW_BLOCK)[:n]
+    exact_rows &= targets != ignore_index
+    tally = torch.stack(
+        [
+            found.sum(),
+            kept.sum(),
+            (found > pool.shape[1]).sum(),
+            (count[0].long() + _ROW_BLOCK - 1) // _ROW_BLOCK,
+        ]
+    )
+    return Lists(rows, ids, logits, by_id, row_first, column_first, mass, exact_rows, order, tally)
+
+
+def fake_lists(e: Tensor, c: Tensor, eps: float) -> Lists:
+    """Tensors of the right shapes for tracing."""
+    n, v = e.shape[0], c.shape[0]
+    capacity = kept_capacity(n, v, eps)
+
+    def new(*shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
+        return e.new_empty(shape, dtype=dtype)
+
+    return Lists(
+        new(capacity),
+        new(capacity),
+        new(capacity, dtype=torch.float32),
+        new(capacity),
+        new(n + 1),
+        new(v + 1),
+        new(n, tail.groups(v), dtype=torch.float32),
+        new(n, dtype=torch.bool),
+        new(n),
+        new(4, dtype=torch.int64),
+    )

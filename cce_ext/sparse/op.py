@@ -1,0 +1,102 @@
+"""``cce::sparse_ce_forward`` and ``cce::sparse_ce_backward`` as PyTorch sees them, and which calls
+they serve."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cce_ext.options import LossOptions
+from cce_ext.sparse.backward import backward
+from cce_ext.sparse.forward import Lists, fake_lists, forward, kept_capacity
+
+#: vocabularies up to this size are always exact: their matmuls are cheap, their softmax dense
+SMALL_VOCAB = 16384
+_INPUTS = ("e", "c", "targets", "bias", "u", "lora_b")
+_OPTIONS = "int ignore_index, float softcap, float logit_scale, float label_smoothing, int vocab_start, int vocab_total"
+_FILTER = "float eps, bool e_grad, bool c_grad"
+_LISTS = ", ".join(f"Tensor {name}" for name in Lists._fields)
+_FORWARD = (
+    f"sparse_ce_forward(Tensor e, Tensor c, Tensor targets, Tensor? bias, Tensor? u, Tensor? lora_b, {_OPTIONS}, "
+    f"bool metrics, {_FILTER}) -> (Tensor nll, Tensor lse, Tensor target_logit, Tensor logit_sum, "
+    f"Tensor max_logit, Tensor argmax, Tensor entropy, {_LISTS})"
+)
+_BACKWARD = (
+    "sparse_ce_backward(Tensor? dnll, Tensor? dlse, Tensor e, Tensor c, Tensor targets, Tensor lse, Tensor? bias, "
+    f"Tensor? u, Tensor? lora_b, Tensor[] lists, {_OPTIONS}, {_FILTER}, bool need_e, bool need_c, bool need_bias, "
+    "bool need_u, bool need_lora_b) -> (Tensor de, Tensor dc, Tensor dbias, Tensor du, Tensor dlora_b)"
+)
+
+
+def refusal(c: Tensor, n: int, options: LossOptions, eps: float) -> str:
+    """Why a call with a filter takes the exact backward all the same, or ''."""
+    vocab = c.shape[0]
+    if vocab <= SMALL_VOCAB:
+        return f"a vocabulary of at most {SMALL_VOCAB} ids is always exact"
+    if options.label_smoothing and options.softcap:
+        return "label smoothing under a softcap is always exact"
+    if eps < 2.0**-24:
+        return "a threshold below 2^-24 is exact"
+    if c.stride(1) != 1:
+        return "c is stored column by column"
+    if vocab >= 2**25 or kept_capacity(n, vocab, eps) >= 2**31:
+        return "the lists would be too long"
+    return ""
+
+
+def _forward_cuda(*args: Any) -> tuple[Tensor, ...]:
+    return forward(*args[:-2])  # which gradients may be sparse matters to the backward alone
+
+
+def _fake_forward(dense: Callable[..., tuple]) -> Callable[..., tuple]:
+    def fake(*args: Any) -> tuple:
+        *shared, eps, _, _ = args
+        return (*dense(*shared), *fake_lists(args[0], args[1], eps))
+
+    return fake
+
+
+def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
+    e, c, targets, bias, u, lora_b, *rest = inputs
+    *options, _, eps, e_grad, c_grad = rest
+    lse, others = output[1], output[2:]
+    ctx.save_for_backward(e, c, targets, bias, u, lora_b, lse, *output[-len(Lists._fields) :])
+    ctx.options = (*options, eps, e_grad, c_grad)
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(*others)
+
+
+def _backward(ctx: Any, dnll: Tensor | None, dlse: Tensor | None, *_: Tensor | None) -> tuple:
+    needs = ctx.needs_input_grad
+    if dnll is None and dlse is None:
+        return (None,) * len(needs)
+    wanted = [needs[_INPUTS.index(name)] for name in ("e", "c", "bias", "u", "lora_b")]
+    e, c, targets, bias, u, lora_b, lse, *lists = ctx.saved_tensors
+    grads = torch.ops.cce.sparse_ce_backward(
+        dnll, dlse, e, c, targets, lse, bias, u, lora_b, lists, *ctx.options, *wanted
+    )
+    de, dc, dbias, du, db = (g if w else None for g, w in zip(grads, wanted, strict=True))
+    return (de, dc, None, dbias, du, db, *(None,) * (len(needs) - len(_INPUTS)))
+
+
+def register(
+    library: torch.library.Library,
+    fake_forward: Callable[..., tuple],
+    fake_backward: Callable[..., tuple],
+    refuse_double: Callable[..., tuple],
+) -> None:
+    """Defines the pair in `library`; fake_forward, fake_backward: shapes of ``linear_ce``'s."""
+    library.define(_FORWARD)
+    library.define(_BACKWARD)
+    library.impl("sparse_ce_forward", _forward_cuda, "CUDA")
+    library.impl("sparse_ce_backward", backward, "CUDA")
+    names = ("cce::sparse_ce_forward", "cce::sparse_ce_backward")
+    torch.library.register_fake(names[0], _fake_forward(fake_forward), lib=library)
+    torch.library.register_fake(names[1], fake_backward, lib=library)
+    torch.library.register_autograd(names[0], _backward, setup_context=_setup_context, lib=library)
+    torch.library.register_autograd(
+        names[1], refuse_double, setup_context=lambda ctx, inputs, output: None, lib=library
+    )

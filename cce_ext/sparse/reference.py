@@ -1,0 +1,177 @@
+"""The sparse gradient on stored logits, every step visible, in any precision: what the GPU path is
+checked against."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from cce_ext.options import LossOptions
+from cce_ext.reference import logits
+from cce_ext.sparse import tail
+
+_SAMPLED_COLUMNS = 1024
+_SAMPLED_TARGETS = 1024
+_ROW_BLOCK = 128
+
+
+class SparseGradients(NamedTuple):
+    """Gradients by the inputs (None for an input that is not there), the gradient by the logits,
+    and what the filter did."""
+
+    de: Tensor
+    dc: Tensor
+    dbias: Tensor
+    du: Tensor | None
+    dlora_b: Tensor | None
+    dproducts: Tensor  # (N, V)
+    candidates: Tensor  # (N,) per row
+    kept: Tensor  # (N,) per row, the target not counted
+    dropped_share: Tensor  # T
+    exact_rows: Tensor  # (N,) bool: rows that took the exact path
+
+
+def sample_bound(z: Tensor, vocab: int) -> Tensor:
+    """A value (N,) that lies below each row's lse unless the row is very odd, but not by much if its
+    mass is spread over the vocabulary.
+
+    z (N, S): the logits of S columns at equal distances. The eight largest count once, the others
+    for the columns between them; then a quarter of that.
+    """
+    top = z.topk(min(8, z.shape[1]), -1).values
+    reference = top[:, :1]
+    reference = torch.where(reference == -torch.inf, 0, reference)
+    weight = torch.exp(z - reference).sum(-1)
+    largest = torch.exp(top - reference).sum(-1)
+    rest = (weight - largest).clamp(min=0) * (vocab / z.shape[1])
+    return reference[:, 0] + torch.log((largest + rest) / 4)
+
+
+def sampled_columns(vocab: int, device: torch.device | str = "cpu") -> Tensor:
+    """Up to 1024 column numbers at equal distances."""
+    count = min(_SAMPLED_COLUMNS, vocab)
+    return torch.arange(count, device=device) * vocab // count
+
+
+def sampled_targets(targets: Tensor) -> Tensor:
+    """The distinct ids among up to 1024 targets (those that count) at equal distances.
+
+    The ids that a batch has as targets are those that its rows give mass: the lse over them is a
+    lower bound of the lse that is close wherever the vocabulary's order says nothing.
+    """
+    count = min(_SAMPLED_TARGETS, targets.shape[0])
+    return torch.unique(targets[torch.arange(count) * targets.shape[0] // max(1, count)])
+
+
+def sparse_gradients(
+    dnll: Tensor | None,
+    dlse: Tensor | None,
+    e: Tensor,
+    c: Tensor,
+    targets: Tensor,
+    bias: Tensor | None,
+    u: Tensor | None,
+    lora_b: Tensor | None,
+    options: LossOptions,
+    eps: float,
+    capacity: int | None = None,
+) -> SparseGradients:
+    """Gradients of Σ dnll nll + dlse lse with entries below the probability ``eps`` replaced by
+    their tail.
+
+    Shapes: dnll, dlse (N,), e (N, D), c (V, D), targets (N,), bias (V,), u (N, R), lora_b (V, R).
+    capacity: candidates a row, pooled over 128 rows that count; None: no limit.
+    """
+    z = logits(e, c, bias, u, lora_b, options)
+    n, vocab = z.shape
+    valid = targets != options.ignore_index
+    slot = torch.where(valid, targets.long(), 0)
+    is_target = torch.zeros_like(z, dtype=torch.bool).scatter_(1, slot[:, None], valid[:, None])
+    lse = torch.logsumexp(z, -1)
+    p = torch.exp(z - lse[:, None])
+    capped = 1 - (z / options.softcap) ** 2 if options.softcap else torch.ones_like(z)
+
+    def upstream(x: Tensor | None) -> Tensor:
+        return torch.zeros_like(lse) if x is None else torch.where(valid, x.to(z.dtype), 0)
+
+    d = upstream(dnll)
+    a = d + upstream(dlse)
+
+    # Forward: candidates; finish: what is kept, and the mass of what is not.
+    bound = sample_bound(z[:, sampled_columns(vocab, z.device)], vocab)
+    frequent = sampled_targets(targets[valid])
+    if frequent.numel():
+        bound = torch.maximum(bound, torch.logsumexp(z[:, frequent], -1))
+    bound = torch.maximum(bound, z.gather(1, slot[:, None])[:, 0]) - 0.01
+    candidate = (z >= bound[:, None] + torch.log(torch.tensor(eps))) if eps > 0 else z == z
+    kept = (p >= eps) & ~is_target
+    count = tail.groups(vocab)
+    padding = count * tail.GROUP - vocab
+
+    def by_group(x: Tensor) -> Tensor:
+        padded = torch.nn.functional.pad(x, (0, padding))
+        return padded.unflatten(1, (count, tail.GROUP)).sum(2)
+
+    keeps = kept | is_target
+    mass = by_group(p * capped) - by_group(torch.where(keeps, p * capped, 0))
+    mass = torch.where(valid[:, None], mass.clamp(min=0), 0)
+
+    # Which rows go the exact way.
+    share = tail.dropped_share(a, mass.sum(1))
+    exact = _overflowed(candidate & ~is_target, valid, capacity) | _blocks(bound > lse, valid)
+    exact = (exact | (share > tail.FLAT)) & valid
+
+    # Backward: the shape of the tail, then kept entries and tail together.
+    scale = options.logit_scale
+    everything = a[:, None] * p - d[:, None] * (
+        (1 - options.label_smoothing) * is_target + options.label_smoothing / vocab
+    )
+    everything = everything * capped * scale
+    a_sparse, d_sparse = torch.where(exact, 0, a), torch.where(exact, 0, d)
+    sample = tail.sample_rows(a_sparse, mass.sum(1))
+    classes = tail.classify(e, u, sample.rows)
+    dropped = torch.where(keeps, 0, p * capped)[sample.rows] * sample.weight[sample.rows, None]
+    weights = tail.one_hot(classes[sample.rows], tail.CLASSES, z.dtype).T @ dropped
+    uniform = None
+    if options.label_smoothing:
+        uniform = -scale * d_sparse * (options.label_smoothing / vocab)
+    spread = tail.spread(scale * a_sparse[:, None] * mass, classes, tail.shapes(weights), uniform)
+    dense = torch.einsum(
+        "nkj,kj->nj", spread.mass.repeat_interleave(tail.GROUP, 2)[..., :vocab], spread.shape
+    )
+    target_part = d[:, None] * (1 - options.label_smoothing) * is_target
+    kept_part = torch.where(keeps, (a[:, None] * p - target_part) * capped * scale, 0)
+    g = torch.where(exact[:, None], everything, kept_part + dense)
+    g = torch.where(valid[:, None], g, 0)
+    return SparseGradients(
+        g @ c,
+        g.T @ e,
+        g.sum(0),
+        None if u is None else g @ lora_b.to(g.dtype),
+        None if u is None else g.T @ u,
+        g,
+        candidate.sum(1),
+        kept.sum(1),
+        share,
+        exact,
+    )
+
+
+def _blocks(rows: Tensor, valid: Tensor) -> Tensor:
+    """Rows (N,) of the blocks of 128 valid rows in which any valid row has the mark."""
+    block = (valid.cumsum(0) - 1).clamp(min=0) // _ROW_BLOCK
+    marked = torch.zeros(block.shape[0], dtype=torch.int64, device=rows.device)
+    marked.index_add_(0, block, (rows & valid).long())
+    return marked[block] > 0
+
+
+def _overflowed(candidate: Tensor, valid: Tensor, capacity: int | None) -> Tensor:
+    """Rows (N,) of the blocks whose candidates do not fit."""
+    if capacity is None:
+        return torch.zeros_like(valid)
+    block = (valid.cumsum(0) - 1).clamp(min=0) // _ROW_BLOCK
+    total = torch.zeros(block.shape[0], dtype=torch.int64, device=valid.device)
+    total.index_add_(0, block, torch.where(valid, candidate.sum(1), 0))
+    return total[block] > capacity * _ROW_BLOCK

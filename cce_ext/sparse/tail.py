@@ -1,0 +1,180 @@
+"""The tail of the sparse gradient: what the entries below the threshold are taken to be.
+
+Row n spreads its dropped mass M[n, g] over vocabulary group g as ŵ[k, ·], the shape of its class k.
+Everything here is ordinary PyTorch on small or medium arrays, the same on a CPU in float64 and on a
+GPU, and nothing waits for the device.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+#: ids of a vocabulary group
+GROUP = 4096
+#: classes of rows, each with a tail shape of its own
+CLASSES = 8
+#: rows whose logits are computed again to learn the shapes
+SAMPLE = 256
+#: share of all classes' sum in each class's shape, so that no id that anybody gives mass is at zero
+_SHARED = 1e-3
+#: share of the probability mass that may be dropped; flatter calls take the exact path
+FLAT = 0.10
+
+
+def groups(vocab: int) -> int:
+    return -(-vocab // GROUP)
+
+
+def dropped_share(a: Tensor, mass: Tensor) -> Tensor:
+    """T = Σ|a| m / Σ|a|, a scalar: the share of the probability mass that the filter drops.
+
+    Shapes: a (N,), mass (N,): each row's dropped mass.
+    """
+    weight = a.abs()
+    total = weight.sum()
+    return torch.where(total > 0, (weight * mass).sum() / total, 0)
+
+
+class Sample(NamedTuple):
+    """Rows that stand for all: row numbers (R,), and what each row's tail would count (N,)."""
+
+    rows: Tensor
+    weight: Tensor
+
+
+def sample_rows(a: Tensor, mass: Tensor) -> Sample:
+    """At most `SAMPLE` rows at equal steps of the cumulated |a| mass, each weighing 1 / mass; all
+    rows, weighing |a|, where no more than that have any.
+
+    Shapes: a (N,), mass (N,). Only ratios of weights mean anything; the tail of the heaviest row
+    weighs about 1. Rows without mass weigh 0. The steps are counted in integers, so that the result
+    does not depend on the order of a parallel sum.
+    """
+    n = a.shape[0]
+    share = a.abs() * mass
+    top = share.max()
+    # 2^40 steps for the largest row; a million rows of them still fit.
+    steps = torch.where(top > 0, share.double() / top.double() * 2.0**40, 0).ceil().long()
+    cumulated = steps.cumsum(0)
+    size = min(SAMPLE, n)
+    first = torch.argsort((steps == 0).to(torch.uint8), stable=True)[:size]
+    few = (steps > 0).sum() <= size
+    places = torch.arange(size, device=a.device)
+    at = (cumulated[-1] // size) * places + cumulated[-1] // (2 * size)
+    systematic = torch.searchsorted(cumulated, at, right=True).clamp_(max=n - 1)
+    alone, inverse = a.abs() / top, 1 / mass
+    weight = torch.where(steps > 0, torch.where(few, alone, inverse), 0)
+    return Sample(torch.where(few, first, systematic), weight)
+
+
+def classify(e: Tensor, u: Tensor | None, rows: Tensor) -> Tensor:
+    """The class (N,) of each row: the nearest, by dot product, of `CLASSES` anchors among the
+    sampled rows.
+
+    Shapes: e (N, D), u (N, R) or None, rows (SAMPLE,).
+    """
+    anchors = rows[:: max(1, rows.shape[0] // CLASSES)][:CLASSES]
+    score = wide_mm(e, e[anchors].T)
+    if u is not None:
+        score = score + wide_mm(u, u[anchors].T)
+    return score.argmax(1)
+
+
+def wide_mm(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b with a result of at least float32."""
+    if a.dtype in (torch.float32, torch.float64):
+        return a @ b
+    if a.device.type == "cuda":
+        return torch.mm(a, b, out_dtype=torch.float32)
+    return a.float() @ b.float()
+
+
+def one_hot(classes: Tensor, count: int, dtype: torch.dtype) -> Tensor:
+    """(N, count) zeros and ones; classes (N,) in [0, count)."""
+    return (classes[:, None] == torch.arange(count, device=classes.device)).to(dtype)
+
+
+def shapes(weights: Tensor) -> Tensor:
+    """ŵ (K, V) of the classes' summed tails (K, V): mixed with their total, then normalised inside
+    each group; a group in which nobody has any mass is uniform."""
+    vocab = weights.shape[1]
+    mixed = weights + _SHARED * weights.sum(0)
+    count = groups(vocab)
+    whole = torch.nn.functional.pad(mixed, (0, count * GROUP - vocab)).unflatten(1, (count, GROUP))
+    total = whole.sum(2, keepdim=True)
+    width = torch.full((count, 1), GROUP, device=weights.device, dtype=weights.dtype)
+    width[-1] = vocab - (count - 1) * GROUP
+    normal = torch.where(total > 0, whole / torch.where(total > 0, total, 1), 1 / width)
+    return normal.flatten(1)[:, :vocab]
+
+
+class Spread(NamedTuple):
+    """The tail as two factors: tail[n, j] = Σ_k mass[n, k, group(j)] shape[k, j]."""
+
+    mass: Tensor  # (N, K, G)
+    shape: Tensor  # (K, V)
+
+
+def spread(mass: Tensor, classes: Tensor, shape: Tensor, uniform: Tensor | None) -> Spread:
+    """The factors of every row's tail.
+
+    Shapes: mass (N, G): dropped mass times what scales it; classes (N,); shape (K, V); uniform (N,)
+    or None: what label smoothing adds to each of a row's entries, one more class with a shape of
+    ones.
+    """
+    by_class = mass[:, None, :] * one_hot(classes, shape.shape[0], mass.dtype)[:, :, None]
+    if uniform is not None:
+        everywhere = uniform[:, None, None].expand(-1, 1, mass.shape[1])
+        by_class = torch.cat([by_class, everywhere], 1)
+        shape = torch.cat([shape, shape.new_ones(1, shape.shape[1])])
+    return Spread(by_class, shape)
+
+
+def row_gradient(tail: Spread, weight: Tensor) -> Tensor:
+    """(N, width): the tail's gradients by rows, Σ_j tail[n, j] weight[j]; weight (V, width)."""
+    whole = weight.shape[0] // GROUP
+    shape = tail.shape.to(weight.dtype)
+    parts = []
+    if whole:
+        grouped = shape[:, : whole * GROUP].unflatten(1, (whole, GROUP)).transpose(0, 1)
+        parts.append(torch.bmm(grouped, weight[: whole * GROUP].unflatten(0, (whole, GROUP))))
+    if weight.shape[0] % GROUP:
+        parts.append((shape[:, whole * GROUP :] @ weight[whole * GROUP :])[None])
+    centers = torch.cat(parts).transpose(0, 1)  # (K, G, width)
+    mass, unit = _unit(tail.mass, weight.dtype)
+    return (wide_mm(mass.flatten(1), centers.flatten(0, 1)) * unit).to(weight.dtype)
+
+
+def column_gradient(tail: Spread, hidden: Tensor, out: Tensor) -> None:
+    """out (V, width) = the tail's gradients by columns, Σ_n tail[n, j] hidden[n]; hidden (N,
+    width)."""
+    k, g = tail.mass.shape[1:]
+    mass, unit = _unit(tail.mass, hidden.dtype)
+    centers = (wide_mm(mass.flatten(1).T, hidden) * unit).to(hidden.dtype)
+    centers = centers.unflatten(0, (k, g)).transpose(0, 1)  # (G, K, width)
+    vocab = out.shape[0]
+    whole = vocab // GROUP
+    shape = tail.shape.to(hidden.dtype).T
+    if whole:
+        grouped = shape[: whole * GROUP].unflatten(0, (whole, GROUP))
+        to = out[: whole * GROUP].unflatten(0, (whole, GROUP))
+        torch.bmm(grouped, centers[:whole], out=to)
+    if vocab % GROUP:
+        torch.mm(shape[whole * GROUP :], centers[-1], out=out[whole * GROUP :])
+
+
+def _unit(mass: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | float]:
+    """The masses in ``dtype`` and their unit: float16 would lose numbers of 1e-8."""
+    if dtype != torch.float16:
+        return mass.to(dtype), 1.0
+    unit = mass.abs().amax().clamp(min=torch.finfo(mass.dtype).tiny)
+    return (mass / unit).to(dtype), unit
+
+
+def column_sum(tail: Spread) -> Tensor:
+    """(V,): Σ_n tail[n, j], the tail's gradient by the bias."""
+    totals = tail.mass.sum(0).repeat_interleave(GROUP, 1)[:, : tail.shape.shape[1]]
+    return (totals * tail.shape).sum(0)

@@ -1,0 +1,94 @@
+// A lower bound of each row's lse from a few thousand of its logits. One warp a row, no shared memory.
+#include "cuda/common/epilogue.cuh"
+#include "cuda/sparse/lists.h"
+
+namespace cce::cuda {
+namespace {
+
+constexpr int kThreads = 128;
+constexpr int kTop = 8;  // the largest strided logits stand for themselves alone
+// The bound stays this far below (base 2), so that rounding never lifts it above the lse itself.
+constexpr float kMargin = 0.01f;
+
+__device__ __forceinline__ float warp_max(float x) {
+#pragma unroll
+  for (int d = 16; d > 0; d /= 2) x = fmaxf(x, __shfl_xor_sync(~0u, x, d));
+  return x;
+}
+__device__ __forceinline__ float warp_sum(float x) {
+#pragma unroll
+  for (int d = 16; d > 0; d /= 2) x += __shfl_xor_sync(~0u, x, d);
+  return x;
+}
+
+// The logit of a sampled column, base 2.
+__device__ __forceinline__ float logit2(const BoundParams& p, const float* products, int column) {
+  float x = products[column] + (p.bias ? p.bias[column] : 0.0f);
+  x *= static_cast<float>(p.options.logit_scale);
+  const float cap = static_cast<float>(p.options.softcap);
+  if (cap != 0.0f) x = core::softcap<DeviceMath>(x, cap, 1.0f / cap);
+  return x * kLog2E;
+}
+
+// log2 of the estimate over the strided columns: the eight largest count once, the others for the columns between them,
+// and of that a quarter.
+__device__ float strided_estimate(const BoundParams& p, const float* products) {
+  const int lane = threadIdx.x % 32;
+  float below = INFINITY, reference = -INFINITY, largest = 0.0f;
+  // The next smaller value each time; equal values are taken together and count as one, which only lowers the result.
+  for (int i = 0; i < kTop; ++i) {
+    float top = -INFINITY;
+    for (int c = lane; c < p.strided; c += 32) {
+      const float x = logit2(p, products, c);
+      if (x < below) top = fmaxf(top, x);
+    }
+    top = warp_max(top);
+    if (top == -INFINITY) break;
+    if (i == 0) reference = top;
+    largest += ptx::ex2(top - reference);
+    below = top;
+  }
+  if (reference == -INFINITY) return -INFINITY;
+  float rest = 0.0f;
+  for (int c = lane; c < p.strided; c += 32) {
+    const float x = logit2(p, products, c);
+    if (x < below) rest += ptx::ex2(x - reference);
+  }
+  rest = warp_sum(rest) * (static_cast<float>(p.vocab) / static_cast<float>(p.strided));
+  return reference + log2f(largest + rest) - 2.0f;
+}
+
+// log2 Σ over the other columns: part of the lse, so never above it.
+__device__ float partial_lse(const BoundParams& p, const float* products) {
+  RowState state;
+  for (int c = p.strided + static_cast<int>(threadIdx.x % 32); c < p.columns; c += 32) {
+    if (p.counts[c]) state = merge(state, {logit2(p, products, c), 1.0f});
+  }
+#pragma unroll
+  for (int d = 16; d > 0; d /= 2) {
+    const float max = __shfl_xor_sync(~0u, state.max, d), sum = __shfl_xor_sync(~0u, state.sum, d);
+    state = merge(state, {max, sum});
+  }
+  return state.max + log2f(state.sum);
+}
+
+__global__ void __launch_bounds__(kThreads) bound_kernel(const __grid_constant__ BoundParams p) {
+  const int64_t row = static_cast<int64_t>(blockIdx.x) * (kThreads / 32) + threadIdx.x / 32;
+  if (row >= p.rows) return;
+  const float* products = p.products + row * p.columns;
+  float bound = strided_estimate(p, products);
+  if (p.columns > p.strided) bound = fmaxf(bound, partial_lse(p, products));
+  bound = fmaxf(bound, p.target_logit[row] * kLog2E) - kMargin;
+  if (threadIdx.x % 32 == 0) p.bound2[row] = bound;
+}
+
+}  // namespace
+
+cudaError_t row_bounds(const BoundParams& params, cudaStream_t stream) {
+  if (params.rows == 0) return cudaSuccess;
+  const int blocks = static_cast<int>((params.rows + kThreads / 32 - 1) / (kThreads / 32));
+  bound_kernel<<<blocks, kThreads, 0, stream>>>(params);
+  return cudaGetLastError();
+}
+
+}  // namespace cce::cuda

@@ -1,0 +1,121 @@
+// Host launchers of the sparse gradient's small kernels: bounds before the forward, lists of kept entries after it, and
+// the backward's weights and gathers. No count crosses to the host: lists have a fixed capacity and their length is on
+// the device. Everything that is added up is added in a fixed order.
+#pragma once
+
+#include <cstddef>
+
+#include "cuda/params.h"
+
+namespace cce::cuda {
+
+// ---- before the forward ----
+
+struct BoundParams {
+  const float* products = nullptr;      // (rows, columns): raw products of the sampled columns
+  const float* bias = nullptr;          // (columns,) or null
+  const uint8_t* counts = nullptr;      // (columns,): 0 for columns that are there twice; read from `strided` on
+  const float* target_logit = nullptr;  // (rows,)
+  int64_t rows = 0;
+  int columns = 0;
+  int strided = 0;  // the first ones lie at equal distances in the vocabulary
+  int64_t vocab = 0;
+  core::LossOptions options;
+  float* bound2 = nullptr;  // (rows,), base 2
+};
+
+// A lower bound of each row's lse, from above by at most a factor for odd rows; see cce_ext/sparse/reference.py.
+cudaError_t row_bounds(const BoundParams& params, cudaStream_t stream);
+
+// ---- after the forward ----
+
+struct KeepParams {
+  Candidates candidates;
+  RowOrder order;
+  const float* lse = nullptr;           // (N,) by row
+  const float* target_logit = nullptr;  // (N,) by row
+  const int64_t* targets = nullptr;     // (N,) by row
+  int64_t n = 0, shard_size = 0;
+  float eps = 0.0f;
+  int id_bits = 0;  // bits of an id in a key
+  core::LossOptions options;
+  int32_t* kept = nullptr;   // (row blocks,): entries that count_kept finds, 0 in blocks that go the exact way
+  uint8_t* exact = nullptr;  // (row blocks,): 1 where candidates overflowed or a bound lies above its lse
+  // For write_kept:
+  const int64_t* first = nullptr;  // (row blocks,): where a block's entries start
+  int64_t* keys = nullptr;         // (capacity,): position << id_bits | id
+  float* logits = nullptr;         // (capacity,)
+};
+
+cudaError_t count_kept(const KeepParams& params, cudaStream_t stream);
+cudaError_t write_kept(const KeepParams& params, cudaStream_t stream);
+
+// Sorts (key, value) pairs of four bytes of value by the keys' low `bits`, stable.
+size_t sort_pairs_workspace(int64_t count, bool wide_keys);
+cudaError_t sort_wide(const int64_t* keys, const float* values, int64_t* keys_out,
+                      float* values_out, int64_t count, int bits, void* workspace, size_t bytes,
+                      cudaStream_t stream);
+cudaError_t sort_narrow(const int32_t* keys, const int32_t* values, int32_t* keys_out,
+                        int32_t* values_out, int64_t count, int bits, void* workspace, size_t bytes,
+                        cudaStream_t stream);
+
+struct MassParams {
+  Partials partials;       // (splits, N) by position
+  int splits_per_group = 1, splits = 0;
+  const int32_t* first = nullptr;  // (N + 1,): where a position's entries start
+  const int32_t* ids = nullptr;    // (capacity,)
+  const float* logits = nullptr;   // (capacity,)
+  RowOrder order;
+  const float* lse = nullptr;  // (N,) by row
+  int64_t n = 0;
+  int groups = 0;
+  core::LossOptions options;
+  float* mass = nullptr;  // (N, groups) by row, must be zero: Σ p softcap' of the group's dropped entries
+};
+
+cudaError_t dropped_mass(const MassParams& params, cudaStream_t stream);
+
+// ---- backward ----
+
+struct WeightParams {
+  const int32_t* count = nullptr;  // (1,): entries
+  const int32_t* rows = nullptr;   // (capacity,)
+  const int32_t* ids = nullptr;    // (capacity,)
+  const float* logits = nullptr;   // (capacity,)
+  const float* a = nullptr;        // (N,): dnll + dlse, 0 for rows that do not count or go the exact way
+  const float* d = nullptr;        // (N,): dnll, likewise
+  const float* lse = nullptr;      // (N,)
+  const int64_t* targets = nullptr;
+  int64_t capacity = 0;
+  core::LossOptions options;
+  float* weights = nullptr;  // (capacity,): dloss/dproduct without the uniform part of label smoothing
+};
+
+cudaError_t entry_weights(const WeightParams& params, cudaStream_t stream);
+
+// out[s] += Σ_i weights[i] source[items[i]] over the entries i of segment s; see gather.cu.
+struct GatherParams {
+  Dtype dtype = Dtype::kBFloat16;      // of source and out
+  const void* source = nullptr;        // (items, width)
+  int64_t source_ld = 0;
+  void* out = nullptr;                 // (segments, width)
+  int64_t out_ld = 0;
+  bool out_fp32 = false;               // out is float instead
+  int width = 0;
+  const int32_t* first = nullptr;      // (segments + 1,)
+  const int32_t* items = nullptr;      // (capacity,)
+  const float* weights = nullptr;      // (capacity,)
+  const int32_t* order = nullptr;      // (capacity,): entry i is items[order[i]], weights[order[i]]; null: i
+  const int32_t* out_rows = nullptr;   // (segments,): row of out; null: s
+  int64_t segments = 0;
+  float* sums = nullptr;               // (segments,) += Σ weights, or null
+  int32_t* work = nullptr;             // (3, segments): workspace
+  int32_t* work_counts = nullptr;      // (2,): workspace
+  void* partition = nullptr;           // workspace of gather_workspace bytes
+  size_t partition_bytes = 0;
+};
+
+size_t gather_workspace(int64_t segments);
+cudaError_t gather_rows(const GatherParams& params, cudaStream_t stream);
+
+}  // namespace cce::cuda

@@ -1,0 +1,221 @@
+// What the CUDA ops share: op arguments to the launchers' parameters, workspaces from PyTorch's allocator.
+#pragma once
+
+#include <torch/csrc/stable/accelerator.h>
+
+#include <algorithm>
+#include <string>
+
+#include "cuda/backend.h"
+#include "cuda/common/rows.h"
+#include "torch/bridge.h"
+#include "torch/stream.h"
+
+namespace cce::torch_api {
+
+// Columns of a vocabulary group: a split never crosses a group's end.
+inline constexpr int64_t kGroupCols = 4096;
+// Bytes of a classifier chunk that has to be copied to be readable by the kernels.
+inline constexpr int64_t kPackBytes = int64_t{64} << 20;
+// Units of work that keep a large GPU busy; fewer, and splits are made smaller.
+inline constexpr int64_t kEnoughUnits = 1024;
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+inline cuda::Dtype kernel_dtype(const Tensor& e) {
+  const ScalarType t = e.scalar_type();
+  STD_TORCH_CHECK(t == ScalarType::BFloat16 || t == ScalarType::Half,
+                  "the CUDA kernels take bfloat16 or float16, e is neither; cast e and c, or call "
+                  "cce_ext.linear_cross_entropy, which has a blocked path for other dtypes");
+  return t == ScalarType::BFloat16 ? cuda::Dtype::kBFloat16 : cuda::Dtype::kHalf;
+}
+
+inline const cuda::Backend& backend() {
+  const cuda::Choice choice = cuda::choose_backend();
+  STD_TORCH_CHECK(
+      choice.backend != nullptr, "no compiled CUDA backend can run here:\n", choice.reasons,
+      "\nUse cce_ext.linear_cross_entropy, whose blocked path runs anywhere, or move to the CPU.");
+  return *choice.backend;
+}
+
+// The kernels read rows of 16-byte pieces.
+inline bool is_readable(const Tensor& t) {
+  return t.stride(1) == 1 && t.stride(0) % 8 == 0 &&
+         reinterpret_cast<uintptr_t>(t.const_data_ptr()) % 16 == 0;
+}
+
+// t itself where the kernels can read it in this dtype, else a copy with zeros up to the next multiple of 8 columns.
+inline Tensor readable(const Tensor& t, ScalarType dtype) {
+  if (t.scalar_type() == dtype && is_readable(t)) return t;
+  const int64_t cols = t.size(1), padded = ceil_div(cols, 8) * 8;
+  Tensor copy =
+      padded == cols ? empty(t, {t.size(0), padded}, dtype) : zeros(t, {t.size(0), padded}, dtype);
+  Tensor inside = torch::stable::narrow(copy, 1, 0, cols);
+  torch::stable::copy_(inside, t);
+  return inside;
+}
+
+inline cuda::Matrix matrix(const Tensor& t) {
+  return {t.const_data_ptr(), t.stride(0), t.size(0), t.size(1)};
+}
+inline cuda::StridedMatrix strided(const Tensor& t) {
+  return {t.const_data_ptr(), t.stride(0), t.stride(1), t.size(1)};
+}
+inline float* floats(const Tensor& t) { return static_cast<float*>(t.mutable_data_ptr()); }
+
+// Row order and count, see cuda/common/rows.h.
+struct Order {
+  Tensor rows, count;
+
+  Order(const Inputs& in, cudaStream_t stream)
+      : rows(empty(in.e, {in.n}, ScalarType::Int)), count(zeros(in.e, {1}, ScalarType::Int)) {
+    if (in.n == 0) return;
+    const size_t bytes = cuda::order_rows_workspace(in.n);
+    Tensor workspace = empty(in.e, {static_cast<int64_t>(bytes)}, ScalarType::Byte);
+    check_cuda(cuda::order_rows(in.targets.const_data_ptr<int64_t>(), in.n, in.options.ignore_index,
+                                rows.mutable_data_ptr<int32_t>(), count.mutable_data_ptr<int32_t>(),
+                                workspace.mutable_data_ptr(), bytes, stream),
+               "order_rows");
+  }
+  // One that exists already.
+  Order(Tensor row_order, Tensor row_count)
+      : rows(std::move(row_order)), count(std::move(row_count)) {}
+  cuda::RowOrder view() const {
+    return {rows.const_data_ptr<int32_t>(), count.const_data_ptr<int32_t>()};
+  }
+};
+
+// Partials of all splits of a call, and which of them a launch fills.
+struct PartialBuffers {
+  Tensor max_sum, logit_sum, weighted, argmax, capped;
+  int64_t n = 0, splits = 0;
+  int tiles_per_split = 1;
+
+  PartialBuffers(const Inputs& in, const cuda::Backend& backend, bool metrics, bool training)
+      : n(in.n) {
+    tiles_per_split = static_cast<int>(kGroupCols / backend.block_n);
+    const int64_t row_blocks = ceil_div(in.n, backend.block_m);
+    const auto count = [&] { return ceil_div(in.v, int64_t{tiles_per_split} * backend.block_n); };
+    while (tiles_per_split > 1 && row_blocks * count() < kEnoughUnits) tiles_per_split /= 2;
+    splits = count();
+    max_sum = empty(in.e, {splits, n, 2}, ScalarType::Float);
+    if (in.options.label_smoothing != 0.0) logit_sum = empty(in.e, {splits, n}, ScalarType::Float);
+    if (training && in.options.softcap != 0.0)
+      capped = empty(in.e, {splits, n}, ScalarType::Float);
+    if (metrics) {
+      weighted = empty(in.e, {splits, n}, ScalarType::Float);
+      argmax = empty(in.e, {splits, n}, ScalarType::Int);
+    }
+  }
+  cuda::Partials from(int64_t split) const {
+    const auto at = [&](const Tensor& t) { return t.defined() ? floats(t) + split * n : nullptr; };
+    cuda::Partials p;
+    p.max_sum = reinterpret_cast<float2*>(floats(max_sum)) + split * n;
+    p.logit_sum = at(logit_sum);
+    p.weighted = at(weighted);
+    p.capped = at(capped);
+    p.argmax = argmax.defined() ? argmax.mutable_data_ptr<int32_t>() + split * n : nullptr;
+    return p;
+  }
+};
+
+// Columns of the classifier that one launch takes: all of them, unless C or B must be copied first.
+inline int64_t launch_cols(const Inputs& in) {
+  const ScalarType dtype = in.e.scalar_type();
+  int64_t bytes = is_readable(in.c) ? 0 : 2 * in.d;
+  if (in.lora_b && !(in.lora_b->scalar_type() == dtype && is_readable(*in.lora_b)))
+    bytes += 2 * in.r;
+  if (bytes == 0) return in.v;
+  return std::max<int64_t>(1, kPackBytes / bytes / kGroupCols) * kGroupCols;
+}
+
+inline void fill_partials(const Inputs& in, const cuda::Backend& backend, const Order& order,
+                          const Tensor& bias, const PartialBuffers& partials,
+                          const cuda::Candidates& candidates, cudaStream_t stream) {
+  const ScalarType dtype = in.e.scalar_type();
+  const Tensor e = readable(in.e, dtype);
+  const Tensor u = in.u ? readable(*in.u, dtype) : Tensor();
+  const int64_t step = launch_cols(in);
+  for (int64_t first = 0; first < in.v; first += step) {
+    const int64_t cols = std::min(step, in.v - first);
+    const Tensor c = readable(rows(in.c, first, cols), dtype);
+    const Tensor b = in.lora_b ? readable(rows(*in.lora_b, first, cols), dtype) : Tensor();
+    cuda::ForwardParams p;
+    p.head.dtype = kernel_dtype(in.e);
+    p.head.e = matrix(e);
+    p.head.c = matrix(c);
+    if (in.u) p.head.u = matrix(u), p.head.lora_b = matrix(b);
+    p.head.bias = bias.defined() ? floats(bias) + first : nullptr;
+    p.head.first_col = first;
+    p.head.order = order.view();
+    p.head.options = in.options;
+    p.partials = partials.from(first / (int64_t{partials.tiles_per_split} * backend.block_n));
+    p.candidates = candidates;
+    p.n = in.n;
+    p.tiles_per_split = partials.tiles_per_split;
+    check_cuda(backend.forward(p, stream), "linear_ce_forward");
+  }
+}
+
+inline Tensor gather_target_logits(const Inputs& in, const Order& order, const Tensor& bias,
+                            cudaStream_t stream) {
+  Tensor result = zeros(in.e, {in.n}, ScalarType::Float);
+  // The gather reads a few rows of B only, but in the head's dtype, as the mainloop does.
+  const Tensor b = in.lora_b ? cast(*in.lora_b, in.e.scalar_type()) : Tensor();
+  cuda::TargetLogitParams p;
+  p.dtype = kernel_dtype(in.e);
+  p.e = strided(in.e);
+  p.c = strided(in.c);
+  if (in.u) p.u = strided(*in.u), p.lora_b = strided(b);
+  p.bias = bias.defined() ? floats(bias) : nullptr;
+  p.targets = in.targets.const_data_ptr<int64_t>();
+  p.order = order.view();
+  p.n = in.n;
+  p.shard_size = in.v;
+  p.options = in.options;
+  p.target_logit = floats(result);
+  check_cuda(cuda::target_logits(p, stream), "target_logits");
+  return result;
+}
+
+inline Tensor fp32_bias(const std::optional<Tensor>& bias) {
+  return bias ? torch::stable::contiguous(cast(*bias, ScalarType::Float)) : Tensor();
+}
+
+inline const float* fp32_vector(const std::optional<Tensor>& t, const char* name) {
+  if (!t) return nullptr;
+  STD_TORCH_CHECK(t->scalar_type() == ScalarType::Float && t->is_contiguous(), name,
+                  " must be float32 and contiguous");
+  return static_cast<const float*>(t->const_data_ptr());
+}
+
+// Merges the partials into what linear_ce_forward returns.
+inline ForwardResult finish(const Inputs& in, const Order& order, const PartialBuffers& partials,
+                            const Tensor& target_logit, bool metrics, cudaStream_t stream) {
+  const auto output = [&](bool wanted) {
+    return empty(in.e, {wanted ? in.n : 0}, ScalarType::Float);
+  };
+  const bool smoothing = in.options.label_smoothing != 0.0;
+  const Tensor nll = output(true), lse = output(true), logit_sum = output(smoothing);
+  const Tensor max_logit = output(metrics), entropy = output(metrics);
+  const Tensor argmax = empty(in.e, {metrics ? in.n : 0}, ScalarType::Long);
+  cuda::FinishParams f;
+  f.partials = partials.from(0);
+  f.n = in.n;
+  f.splits = static_cast<int>(partials.splits);
+  f.order = order.view();
+  f.options = in.options;
+  f.target_logit = floats(target_logit);
+  f.nll = floats(nll);
+  f.lse = floats(lse);
+  if (smoothing) f.logit_sum = floats(logit_sum);
+  if (metrics) {
+    f.max_logit = floats(max_logit);
+    f.argmax = argmax.mutable_data_ptr<int64_t>();
+    f.entropy = floats(entropy);
+  }
+  check_cuda(cuda::finish_rows(f, stream), "finish_rows");
+  return {nll, lse, target_logit, logit_sum, max_logit, argmax, entropy};
+}
+
+}  // namespace cce::torch_api
