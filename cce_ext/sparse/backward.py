@@ -128,7 +128,7 @@ def _sparse(
     dlse = None if dlse is None else upstream(dlse)
     a = d if dlse is None else d + dlse
     row_mass = lists.mass.sum(1)
-    share = tail.dropped_share(a, row_mass)
+    share = tail.dropped_share(torch.where(lists.exact_rows, 0, a), row_mass)
     # A NaN goes the exact way, which carries it to where eager's would be.
     exact = (lists.exact_rows | ~(share <= tail.FLAT)) & valid
     diagnostics.record_backward(lists.tally, share, exact)

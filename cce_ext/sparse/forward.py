@@ -57,8 +57,8 @@ def candidate_capacity(n: int, v: int, eps: float) -> int:
 
 def kept_capacity(n: int, v: int, eps: float) -> int:
     """Entries that the lists can hold, targets included: 320 a row at 2⁻¹³ (trained heads keep 110
-    to 190)."""
-    return min(n * v, max(n * math.ceil(320 * _growth(eps)), 2**16)) + n
+    to 190), more where there are few rows."""
+    return min(n * v, math.ceil(max(n * 320, 2**20) * _growth(eps))) + n
 
 
 def lower_bounds(

@@ -119,8 +119,8 @@ def sparse_gradients(
     mass = torch.where(valid[:, None], mass.clamp(min=0), 0)
 
     # Which rows go the exact way.
-    share = tail.dropped_share(a, mass.sum(1))
-    exact = _overflowed(candidate & ~is_target, valid, capacity) | _blocks(bound > lse, valid)
+    exact = _overflowed(candidate, valid, capacity) | _blocks(bound > lse, valid)
+    share = tail.dropped_share(torch.where(exact, 0, a), mass.sum(1))
     exact = (exact | (share > tail.FLAT)) & valid
 
     # Backward: the shape of the tail, then kept entries and tail together.
