@@ -14,8 +14,8 @@ from cce_ext.options import LossOptions
 from cce_ext.sparse import tail
 from cce_ext.sparse.forward import Lists
 
-# Bytes of a chunk of the sampled rows' tails, and of the exact rows' logit gradients.
-_TAIL_BYTES, _EXACT_BYTES = 32 << 20, 64 << 20
+# Bytes of a chunk of the sampled rows' tails.
+_TAIL_BYTES = 32 << 20
 _TILE_COLUMNS = 256
 # Lifts the sampled tails, whose rows add up to about 1, out of float16's smallest numbers.
 _LIFT = 2.0**10
@@ -35,19 +35,14 @@ class _Call(NamedTuple):
     vocab: tuple[int, int]  # first id, size of the whole vocabulary
     eps: float
 
-    def columns(self, first: int, last: int) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """A stretch of the classifier, of the bias and of B."""
-        b = None if self.lora_b is None else self.lora_b[first:last]
-        bias = None if self.bias is None else self.bias[first:last]
-        return readable(self.c[first:last], self.e.dtype), bias, b
-
-    def dlogits(self, out: Tensor, rows: tuple, first: int, columns: tuple, **mode: object) -> None:
-        """out = logit gradients (or tails) of some rows; rows: (order, count, records)."""
-        c, bias, b = columns
+    def tails(self, out: Tensor, rows: tuple[Tensor, Tensor, Tensor], columns: slice) -> None:
+        """out = the dropped entries' weights of some rows (order, count, records) and columns."""
         o = self.options
+        bias = None if self.bias is None else self.bias[columns]
+        b = None if self.lora_b is None else self.lora_b[columns]
         torch.ops.cce.dlogits_(
-            out, self.e, c, bias, self.u, b, *rows, first, o.softcap, o.logit_scale,
-            o.label_smoothing, compact=True, **mode,
+            out, self.e, self.c[columns], bias, self.u, b, *rows, columns.start, o.softcap,
+            o.logit_scale, o.label_smoothing, compact=True, tail_eps=self.eps,
         )  # fmt: skip
 
     def records(
@@ -185,10 +180,10 @@ def _spread(call: _Call, lists: Lists, a: Tensor, d: Tensor, row_mass: Tensor) -
     step = max(_TILE_COLUMNS, _TAIL_BYTES // (2 * size) // _TILE_COLUMNS * _TILE_COLUMNS)
     buffer = torch.empty(size, -(-min(step, v) // 8) * 8, device=order.device, dtype=call.e.dtype)
     for first in range(0, v, step):
-        last = min(first + step, v)
-        part = buffer[:, : last - first]
-        call.dlogits(part, rows, first, call.columns(first, last), tail_eps=call.eps)
-        weights[:, first:last] = tail.wide_mm(member, part)
+        columns = slice(first, min(first + step, v))
+        part = buffer[:, : columns.stop - first]
+        call.tails(part, rows, columns)
+        weights[:, columns] = tail.wide_mm(member, part)
     uniform = None
     if o.label_smoothing:
         uniform = d * (-o.logit_scale * o.label_smoothing / call.vocab[1])
@@ -236,31 +231,11 @@ def _add_exact_rows(
     dbias: Tensor | None,
 ) -> None:
     """Gradients of the rows on the exact list, by recomputed logits: rows are overwritten, columns
-    are added to. An empty list costs a few empty launches."""
-    n, v = call.e.shape[0], call.c.shape[0]
+    are added to. An empty list costs an empty launch."""
     order, count = torch.ops.cce.row_order(torch.where(exact, 0, -1), -1)
-    rows = (order, count, call.records(d, dlse, order, count))
-    sums = [None if t is None else torch.empty(t.shape, device=t.device) for t in by_row]
-    step = max(_TILE_COLUMNS, _EXACT_BYTES // (2 * n) // _TILE_COLUMNS * _TILE_COLUMNS)
-    buffer = torch.empty(n, -(-min(step, v) // 8) * 8, device=d.device, dtype=call.e.dtype)
-    for first in range(0, v, step):
-        last = min(first + step, v)
-        g = buffer[:, : last - first]
-        columns = call.columns(first, last)
-        call.dlogits(g, rows, first, columns)
-        for out, total, source in zip(by_row, sums, (columns[0], columns[2]), strict=True):
-            if out is not None:
-                done = out if last == v else None
-                torch.ops.cce.product_(
-                    total, done, g, source, count, False, first == 0, None, order
-                )
-        for out, source in zip(by_column, (call.e, call.u), strict=True):
-            if out is not None:
-                torch.ops.cce.product_(
-                    None, out[first:last], g, source, count, True, False, order, None
-                )
-        if dbias is not None:
-            ones = torch.ones(n, 8, device=g.device, dtype=g.dtype)
-            part = torch.zeros(last - first, 8, device=g.device)
-            torch.ops.cce.product_(None, part, g, ones, count, True, False, None, None)
-            dbias[first:last] += part[:, 0]
+    o = call.options
+    torch.ops.cce.exact_rows_(
+        by_row[0], by_column[0], dbias, by_row[1], by_column[1], call.e, call.c, call.bias, call.u,
+        call.lora_b, order, count, call.records(d, dlse, order, count), o.softcap, o.logit_scale,
+        o.label_smoothing,
+    )  # fmt: skip

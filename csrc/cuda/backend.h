@@ -14,7 +14,7 @@ struct Backend {
   std::string (*unsupported)();  // why it cannot run on the current device, or empty
   cudaError_t (*forward)(const ForwardParams&, cudaStream_t);
   cudaError_t (*backward)(const BackwardParams&, cudaStream_t);
-  cudaError_t (*product)(const ProductParams&, cudaStream_t);
+  cudaError_t (*exact_rows)(const ExactRowsParams&, cudaStream_t);
 };
 
 struct Choice {

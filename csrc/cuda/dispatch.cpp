@@ -9,7 +9,7 @@ namespace cce::cuda {
 const std::vector<Backend>& backends() {
   static const std::vector<Backend> table = {
       {"sm80", sm80::kBlockM, sm80::kBlockN, sm80::unsupported, sm80::forward, sm80::backward,
-       sm80::product},
+       sm80::exact_rows},
   };
   return table;
 }

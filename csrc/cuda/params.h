@@ -77,25 +77,31 @@ struct BackwardParams {
   float tail_eps = 0.0f;
 };
 
-// out (m, n) += op(a) b over k, fp32 sums: the exact backward's products where their size is known to the device alone.
-struct ProductParams {
-  Dtype dtype = Dtype::kBFloat16;  // of a and b
-  const void* a = nullptr;         // (m, k), or transposed: (k, m)
-  int64_t lda = 0;
-  bool transposed = false;
-  const void* b = nullptr;  // (k, n)
-  int64_t ldb = 0;
-  const int32_t* b_rows = nullptr;  // row i of b is row b_rows[i]; null: i
-  int64_t m = 0, n = 0, k = 0;
-  const int32_t* count = nullptr;  // (1,): the true m, or with a transposed the true k
-  // Where sums go: added to `sums` (m, n), or set there if `first`; with `out`, that total goes to out instead. Without
-  // sums: added to out.
-  float* sums = nullptr;
-  bool first = false;
-  void* out = nullptr;
-  int64_t ld_out = 0;
-  bool out_fp32 = false;              // out is float, else of the dtype
-  const int32_t* out_rows = nullptr;  // row i of out is row out_rows[i]; null: i
+// One gradient that the exact rows add to. No data: not wanted.
+struct Gradient {
+  void* data = nullptr;  // (N or cols, width), of the head's dtype or float
+  int64_t ld = 0, width = 0;
+  bool fp32 = false;
 };
+
+// The exact gradients of a list of rows whose length only the device knows. The head's row order is the list.
+struct ExactRowsParams {
+  Head head;
+  const RowGradient* rows = nullptr;  // (N,), by position in the list
+  int64_t n = 0;                      // longest possible list
+  Gradient de, du;                    // rows of the list are overwritten
+  Gradient dc, dlora_b;               // are added to
+  float* dbias = nullptr;             // (cols,), is added to
+  void* workspace = nullptr;          // exact_rows_workspace bytes, the first 16 of them zero
+};
+
+// Rows and columns of logit gradients that exist at a time.
+constexpr int kExactRows = 2048, kExactCols = 8192;
+constexpr int64_t kExactBarrierBytes = 256;
+
+inline int64_t exact_rows_workspace(int64_t n, int64_t row_widths) {
+  const int64_t rows = n < kExactRows ? n : kExactRows;
+  return kExactBarrierBytes + rows * (2 * int64_t{kExactCols} + 4 * row_widths);
+}
 
 }  // namespace cce::cuda

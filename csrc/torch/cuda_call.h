@@ -189,6 +189,36 @@ inline const float* fp32_vector(const std::optional<Tensor>& t, const char* name
   return static_cast<const float*>(t->const_data_ptr());
 }
 
+inline void check_readable(const Tensor& t, const Tensor& e, const char* name) {
+  STD_TORCH_CHECK(t.scalar_type() == e.scalar_type() && is_readable(t), name,
+                  " must have e's dtype and rows that start at multiples of 16 bytes");
+}
+
+// A head whose matrices the kernels can read as they are.
+inline cuda::Head readable_head(const Tensor& e, const Tensor& c, const std::optional<Tensor>& bias,
+                                const std::optional<Tensor>& u, const std::optional<Tensor>& lora_b,
+                                const Tensor& row_order, const Tensor& row_count, double softcap,
+                                double logit_scale, double label_smoothing) {
+  check_readable(e, e, "e");
+  check_readable(c, e, "c");
+  cuda::Head head;
+  head.dtype = kernel_dtype(e);
+  head.e = matrix(e);
+  head.c = matrix(c);
+  if (u) {
+    check_readable(*u, e, "u");
+    check_readable(*lora_b, e, "lora_b");
+    head.u = matrix(*u);
+    head.lora_b = matrix(*lora_b);
+  }
+  head.bias = fp32_vector(bias, "bias");
+  head.order = {row_order.const_data_ptr<int32_t>(), row_count.const_data_ptr<int32_t>()};
+  head.options.softcap = softcap;
+  head.options.logit_scale = logit_scale;
+  head.options.label_smoothing = label_smoothing;
+  return head;
+}
+
 // Merges the partials into what linear_ce_forward returns.
 inline ForwardResult finish(const Inputs& in, const Order& order, const PartialBuffers& partials,
                             const Tensor& target_logit, bool metrics, cudaStream_t stream) {

@@ -65,7 +65,10 @@ STABLE_TORCH_LIBRARY(cce, m) {
   m.def(
       "gather_(Tensor(a!) out, Tensor source, Tensor first, Tensor items, Tensor weights, "
       "Tensor? order, Tensor? out_rows, Tensor(b!)? sums) -> ()");
+  // The exact gradients of the rows in the order: their rows of de and du are overwritten, dc, dbias and dlora_b added to.
   m.def(
-      "product_(Tensor(a!)? sums, Tensor(b!)? out, Tensor a, Tensor b, Tensor count, "
-      "bool transposed, bool first, Tensor? b_rows, Tensor? out_rows) -> ()");
+      "exact_rows_(Tensor(a!)? de, Tensor(b!)? dc, Tensor(c!)? dbias, Tensor(d!)? du, "
+      "Tensor(e!)? dlora_b, Tensor e, Tensor c, Tensor? bias, Tensor? u, Tensor? lora_b, "
+      "Tensor row_order, Tensor row_count, Tensor row_gradients, float softcap, "
+      "float logit_scale, float label_smoothing) -> ()");
 }

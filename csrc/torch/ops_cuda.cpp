@@ -67,33 +67,15 @@ void dlogits_cuda(Tensor out, Tensor e, Tensor c, std::optional<Tensor> bias,
                   double logit_scale, double label_smoothing, bool compact,
                   std::optional<double> tail_eps) {
   const torch::stable::accelerator::DeviceGuard guard(e.get_device_index());
-  const auto check_matrix = [&](const Tensor& t, const char* name) {
-    STD_TORCH_CHECK(t.scalar_type() == e.scalar_type() && is_readable(t), name,
-                    " must have e's dtype and rows that start at multiples of 16 bytes");
-  };
-  check_matrix(e, "e");
-  check_matrix(c, "c");
-  check_matrix(out, "out");
+  check_readable(out, e, "out");
   STD_TORCH_CHECK(out.size(0) == row_order.size(0) && out.size(1) == c.size(0),
                   "out must have shape (rows in the order, columns)");
   STD_TORCH_CHECK(row_gradients.size(0) == row_order.size(0) && row_gradients.is_contiguous(),
                   "row_gradients must have a record for each row in the order");
   cuda::BackwardParams p;
-  p.head.dtype = kernel_dtype(e);
-  p.head.e = matrix(e);
-  p.head.c = matrix(c);
-  if (u) {
-    check_matrix(*u, "u");
-    check_matrix(*lora_b, "lora_b");
-    p.head.u = matrix(*u);
-    p.head.lora_b = matrix(*lora_b);
-  }
-  p.head.bias = fp32_vector(bias, "bias");
+  p.head = readable_head(e, c, bias, u, lora_b, row_order, row_count, softcap, logit_scale,
+                         label_smoothing);
   p.head.first_col = first_col;
-  p.head.order = {row_order.const_data_ptr<int32_t>(), row_count.const_data_ptr<int32_t>()};
-  p.head.options.softcap = softcap;
-  p.head.options.logit_scale = logit_scale;
-  p.head.options.label_smoothing = label_smoothing;
   p.rows = static_cast<const cuda::RowGradient*>(row_gradients.const_data_ptr());
   p.dlogits = out.mutable_data_ptr();
   p.ld_dlogits = out.stride(0);

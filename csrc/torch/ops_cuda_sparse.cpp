@@ -261,33 +261,39 @@ void gather_cuda(Tensor out, Tensor source, Tensor first, Tensor items, Tensor w
   check_cuda(cuda::gather_rows(p, stream_of(out)), "gather");
 }
 
-void product_cuda(std::optional<Tensor> sums, std::optional<Tensor> out, Tensor a, Tensor b,
-                  Tensor count, bool transposed, bool first, std::optional<Tensor> b_rows,
-                  std::optional<Tensor> out_rows) {
-  const Guard guard(a.get_device_index());
-  STD_TORCH_CHECK(is_readable(a) && is_readable(b) && a.scalar_type() == b.scalar_type(),
-                  "a and b must be readable by the kernels and of one dtype");
-  cuda::ProductParams p;
-  p.dtype = kernel_dtype(a);
-  p.a = a.const_data_ptr();
-  p.lda = a.stride(0);
-  p.transposed = transposed;
-  p.b = b.const_data_ptr();
-  p.ldb = b.stride(0);
-  p.m = a.size(transposed ? 1 : 0);
-  p.k = a.size(transposed ? 0 : 1);
-  p.n = b.size(1);
-  p.count = i32(count, "count");
-  if (b_rows) p.b_rows = i32(*b_rows, "b_rows");
-  if (sums) p.sums = f32(*sums, "sums");
-  p.first = first;
-  if (out) {
-    p.out = out->mutable_data_ptr();
-    p.ld_out = out->stride(0);
-    p.out_fp32 = is_fp32_beside(*out, a, "out");
-  }
-  if (out_rows) p.out_rows = i32(*out_rows, "out_rows");
-  check_cuda(backend().product(p, stream_of(a)), "product");
+cuda::Gradient gradient(const std::optional<Tensor>& t, const Tensor& e, const char* name) {
+  cuda::Gradient g;
+  if (!t) return g;
+  STD_TORCH_CHECK(t->stride(1) == 1, name, " must be stored row by row");
+  g.data = t->mutable_data_ptr();
+  g.ld = t->stride(0);
+  g.width = t->size(1);
+  g.fp32 = is_fp32_beside(*t, e, name);
+  return g;
+}
+
+// See the schema. All matrices readable as they are.
+void exact_rows_cuda(std::optional<Tensor> de, std::optional<Tensor> dc,
+                     std::optional<Tensor> dbias, std::optional<Tensor> du,
+                     std::optional<Tensor> dlora_b, Tensor e, Tensor c, std::optional<Tensor> bias,
+                     std::optional<Tensor> u, std::optional<Tensor> lora_b, Tensor row_order,
+                     Tensor row_count, Tensor row_gradients, double softcap, double logit_scale,
+                     double label_smoothing) {
+  const Guard guard(e.get_device_index());
+  cuda::ExactRowsParams p;
+  p.head = readable_head(e, c, bias, u, lora_b, row_order, row_count, softcap, logit_scale,
+                         label_smoothing);
+  p.rows = static_cast<const cuda::RowGradient*>(row_gradients.const_data_ptr());
+  p.n = row_order.size(0);
+  p.de = gradient(de, e, "de");
+  p.dc = gradient(dc, e, "dc");
+  p.du = gradient(du, e, "du");
+  p.dlora_b = gradient(dlora_b, e, "dlora_b");
+  if (dbias) p.dbias = f32(*dbias, "dbias");
+  Tensor workspace = empty(
+      e, {cuda::exact_rows_workspace(p.n, p.de.width + p.du.width)}, ScalarType::Byte);
+  p.workspace = workspace.mutable_data_ptr();
+  check_cuda(backend().exact_rows(p, stream_of(e)), "exact_rows");
 }
 
 }  // namespace
@@ -303,5 +309,5 @@ STABLE_TORCH_LIBRARY_IMPL(cce, CUDA, m) {
   m.impl("dropped_mass", TORCH_BOX(&cce::torch_api::dropped_mass_cuda));
   m.impl("entry_weights", TORCH_BOX(&cce::torch_api::entry_weights_cuda));
   m.impl("gather_", TORCH_BOX(&cce::torch_api::gather_cuda));
-  m.impl("product_", TORCH_BOX(&cce::torch_api::product_cuda));
+  m.impl("exact_rows_", TORCH_BOX(&cce::torch_api::exact_rows_cuda));
 }

@@ -13,6 +13,6 @@ constexpr int kBlockM = 128, kBlockN = 256;
 std::string unsupported();
 cudaError_t forward(const ForwardParams& params, cudaStream_t stream);
 cudaError_t backward(const BackwardParams& params, cudaStream_t stream);
-cudaError_t product(const ProductParams& params, cudaStream_t stream);
+cudaError_t exact_rows(const ExactRowsParams& params, cudaStream_t stream);
 
 }  // namespace cce::cuda::sm80

@@ -11,8 +11,9 @@ cudaError_t launch_as(const BackwardParams& p, cudaStream_t stream) {
   const Work work = make_work(p.head, p.n, 1, Config::kBlockM, Config::kBlockN);
   return launch<Config>(backward_mainloop<T, Config, kEpilogue>, backward_shared_bytes<Config>(),
                         work, stream, LogitParams(p.head.options, p.head.bias, p.head.c.rows),
-                        p.rows, static_cast<int>(p.head.first_col), static_cast<T*>(p.dlogits),
-                        p.ld_dlogits, p.compact, p.tail_eps);
+                        p.rows, static_cast<int>(p.head.first_col),
+                        DlogitsOut<T>{static_cast<T*>(p.dlogits), p.ld_dlogits, p.compact,
+                                      p.tail_eps});
 }
 
 template <typename T, typename Config, bool kHasPlain>

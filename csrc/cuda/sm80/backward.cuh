@@ -73,16 +73,23 @@ __device__ __forceinline__ void copy_records(RowGradient* to, const RowGradient*
 // softcap, label smoothing or any scale; the dropped entries' weights, with everything.
 enum class Epilogue { kPlain, kGeneral, kTail };
 
+// Where the epilogue writes.
+template <typename T>
+struct DlogitsOut {
+  T* dlogits;
+  int64_t ld;
+  bool compact;  // rows by position in the order; else at their original places
+  float tail_eps;
+};
+
+// All of this block's tiles of `work`, of whose rows `count` count.
 template <typename T, typename Config, Epilogue kEpilogue>
-__global__ void __launch_bounds__(Config::kThreads, 1)
-    backward_mainloop(const __grid_constant__ Work work, const LogitParams logits,
-                      const RowGradient* records, int first_col, T* dlogits, int64_t ld,
-                      bool compact, float tail_eps) {
-  extern __shared__ __align__(128) uint8_t shared[];
+__device__ __forceinline__ void recompute_tiles(const Work& work, int count,
+                                                const LogitParams& logits,
+                                                const RowGradient* records, int first_col,
+                                                const DlogitsOut<T>& out, uint8_t* shared) {
   auto* sets = reinterpret_cast<RowGradient*>(shared + Config::kPipelineBytes);
-  const int count = __ldg(work.row_count);
   const int row_blocks = (count + Config::kBlockM - 1) / Config::kBlockM;
-  if (!compact) clear_ignored_rows(work, count, dlogits, ld);
   Cursor<Config> at(work, row_blocks);
   if (at.done()) return;
   copy_records<Config>(sets, records, at.row_block, work.n);
@@ -118,7 +125,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
         const RowGradient row = sets[set * Config::kBlockM + r];
         const int target = row.target < 0 ? -1 : row.target - first_col;
         if constexpr (kEpilogue == Epilogue::kTail) {
-          logits_to_tail<Columns>(acc[m], h, row, target, tail_eps, logits, first);
+          logits_to_tail<Columns>(acc[m], h, row, target, out.tail_eps, logits, first);
         } else if constexpr (kEpilogue == Epilogue::kGeneral) {
           logits_to_gradients<Columns>(acc[m], h, row, target, logits, first);
         } else {
@@ -128,13 +135,24 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
         }
         const int64_t position = at.row_block * Config::kBlockM + r;
         if (position < count)
-          store_row<T>(acc[m], h, dlogits + (compact ? position : row.row) * ld, first, ld);
+          store_row<T>(acc[m], h, out.dlogits + (out.compact ? position : row.row) * out.ld, first,
+                       out.ld);
       }
     }
     fresh = at.next_tile(work);
     if (fresh) set ^= 1;
   }
   ptx::cp_async_wait<0>();
+}
+
+template <typename T, typename Config, Epilogue kEpilogue>
+__global__ void __launch_bounds__(Config::kThreads, 1)
+    backward_mainloop(const __grid_constant__ Work work, const LogitParams logits,
+                      const RowGradient* records, int first_col, const DlogitsOut<T> out) {
+  extern __shared__ __align__(128) uint8_t shared[];
+  const int count = __ldg(work.row_count);
+  if (!out.compact) clear_ignored_rows(work, count, out.dlogits, out.ld);
+  recompute_tiles<T, Config, kEpilogue>(work, count, logits, records, first_col, out, shared);
 }
 
 }  // namespace cce::cuda::sm80

@@ -2,7 +2,7 @@
 //
 // Work item: one segment times one slice of 256 columns; a lane holds eight neighbouring columns. Slices are the outer
 // loop, so that the part of `source` in use stays in the second-level cache. Light segments (up to 64 entries): one warp
-// an item. Heavy ones: the eight warps of a block take every eighth entry, and warp 0 adds up their sums, in order, from
+// an item. Heavy ones: the eight warps of a block take every eighth batch of eight entries, and warp 0 adds up their sums, in order, from
 // shared memory. Segments without entries are not visited. Persistent blocks; lists of both kinds are made by CUB.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -20,8 +20,8 @@ namespace {
 constexpr int kWarps = 8, kThreads = 32 * kWarps;
 constexpr int kPerLane = 8, kSlice = 32 * kPerLane;
 constexpr int kHeavy = 64;   // entries of a light segment at most
-constexpr int kInFlight = 4;  // rows under way at a time
-constexpr int kBlocksPerProcessor = 6;
+constexpr int kInFlight = 8;  // rows under way at a time
+constexpr int kBlocksPerProcessor = 4;
 
 struct IsHeavy {
   const int32_t* first;
@@ -87,35 +87,49 @@ struct Piece {
   }
 };
 
-// Entries begin, begin + step, ... of a segment, added to sum; returns what their weights add up to.
+// A batch of a segment's entries: lane i < kInFlight holds entry begin + i.
+struct Batch {
+  int item = -1;  // none: beyond the segment's end
+  float weight = 0.0f;
+
+  __device__ __forceinline__ void load(const GatherParams& p, int begin, int end) {
+    const int at = begin + static_cast<int>(threadIdx.x % 32);
+    item = -1;
+    weight = 0.0f;
+    if (threadIdx.x % 32 < kInFlight && at < end) {
+      const int entry = p.order ? __ldg(p.order + at) : at;
+      item = __ldg(p.items + entry);
+      weight = __ldg(p.weights + entry);
+    }
+  }
+};
+
+// Every step-th batch of a segment from `begin` on, added to sum; returns what their weights add up to. The next batch's
+// numbers are read while this one's rows are on their way.
 template <typename T, bool kVector>
 __device__ __forceinline__ float add_entries(const GatherParams& p, int begin, int end, int step,
                                              int col, float (&sum)[kPerLane]) {
   const T* source = static_cast<const T*>(p.source);
   float total = 0.0f;
-  for (int i = begin; i < end; i += kInFlight * step) {
+  Batch batch;
+  batch.load(p, begin, end);
+  for (int at = begin; at < end; at += kInFlight * step) {
     Piece<T, kVector> piece[kInFlight];
-    float weight[kInFlight];
 #pragma unroll
     for (int k = 0; k < kInFlight; ++k) {
-      const int at = i + k * step;
-      weight[k] = 0.0f;
-      int64_t item = -1;
-      if (at < end) {
-        const int entry = p.order ? __ldg(p.order + at) : at;
-        weight[k] = __ldg(p.weights + entry);
-        item = __ldg(p.items + entry);
-      }
-      if (item >= 0)
-        piece[k].load(source + item * p.source_ld, col, p.width);
-      else
-        piece[k].load(source, p.width, p.width);
+      const int64_t item = __shfl_sync(~0u, batch.item, k);
+      // Without an item: nothing is read, zeros.
+      piece[k].load(source + (item < 0 ? 0 : item * p.source_ld), item < 0 ? p.width : col,
+                    p.width);
     }
+    const float weight = batch.weight;
+    batch.load(p, at + kInFlight * step, end);
 #pragma unroll
     for (int k = 0; k < kInFlight; ++k) {
-      total += weight[k];
+      const float w = __shfl_sync(~0u, weight, k);
+      total += w;
 #pragma unroll
-      for (int j = 0; j < kPerLane; ++j) sum[j] = fmaf(weight[k], widen(piece[k].x[j]), sum[j]);
+      for (int j = 0; j < kPerLane; ++j) sum[j] = fmaf(w, widen(piece[k].x[j]), sum[j]);
     }
   }
   return total;
@@ -163,8 +177,8 @@ __global__ void __launch_bounds__(kThreads) heavy_kernel(const __grid_constant__
     const int slice = static_cast<int>(i / segments), segment = p.work[i % segments];
     const int col = slice * kSlice + lane * kPerLane;
     float sum[kPerLane] = {};
-    const float total = add_entries<T, kVector>(p, p.first[segment] + warp, p.first[segment + 1],
-                                                kWarps, col, sum);
+    const float total = add_entries<T, kVector>(
+        p, p.first[segment] + warp * kInFlight, p.first[segment + 1], kWarps, col, sum);
 #pragma unroll
     for (int j = 0; j < kPerLane; ++j) sums[warp][j * 32 + lane] = sum[j];
     if (lane == 0) totals[warp] = total;

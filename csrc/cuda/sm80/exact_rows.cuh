@@ -1,0 +1,207 @@
+// The sm_80 exact gradients of a list of rows, in one launch: logit gradients of up to 2048 rows x 8192 columns, then
+// their products, then the next. An empty list ends at once.
+//
+// Persistent and cooperative, one block a multiprocessor, eight warps. Recompute: sm80/backward (tiles 128 x 256, units dealt
+// out in turn). Products: sm80/product (tiles 128 x 256 of dE, dU, dC, dB, taken from a counter, long ones first; who
+// computes a tile does not matter to its sum). Shared memory: the pipeline and two sets of row records, used by both in
+// turn, and a few words that thread 0 fills. Barrier protocol: a grid barrier after each of the two phases; the counter is
+// cleared during the recompute. Numbers that another block may have written are read past the first-level cache.
+#pragma once
+
+#include <cooperative_groups.h>
+
+#include "cuda/sm80/backward.cuh"
+#include "cuda/sm80/product.cuh"
+
+namespace cce::cuda::sm80 {
+
+// One stretch of rows and columns, the same for all threads of a block.
+struct Patch {
+  int row0, rows, col0, cols;
+  bool first, last;  // stretch of columns
+};
+
+// Row gradients are summed in fp32 over the column stretches; the last one rounds. Column gradients are added to in place.
+template <typename Out>
+__device__ __forceinline__ void put(float* sum, const Patch& at, Out* out, float x) {
+  if (sum) {
+    if (!at.first) x += __ldcg(sum);
+    if (!at.last) {
+      *sum = x;
+      return;
+    }
+    *out = static_cast<Out>(x);
+  } else {
+    *out = static_cast<Out>(static_cast<float>(__ldcg(out)) + x);
+  }
+}
+
+template <typename Config>
+__device__ __forceinline__ int tiles_across(int64_t width) {
+  return static_cast<int>((width + Config::kBlockN - 1) / Config::kBlockN);
+}
+template <typename Config>
+__device__ __forceinline__ int tiles_of(const Gradient& g, int height) {
+  return g.data ? (height + Config::kBlockM - 1) / Config::kBlockM * tiles_across<Config>(g.width)
+                : 0;
+}
+
+// One tile of one gradient. sums: null for a column gradient.
+template <typename T, typename Config, bool kColumns>
+__device__ __forceinline__ void product_tile(const ProductInputs<T>& inputs, const Gradient& to,
+                                             float* sums, const int32_t* out_rows, const Patch& at,
+                                             int tile, uint8_t* shared) {
+  const int across = tiles_across<Config>(to.width);
+  const int row0 = tile / across * Config::kBlockM, col0 = tile % across * Config::kBlockN;
+  Product<T, Config, kColumns> product(inputs, shared);
+  typename Product<T, Config, kColumns>::Accumulators acc;
+  product.multiply(acc, row0, col0);
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const int row = row0 + warp % Config::kWarpsM * Config::kWarpM + lane / 4;
+  const int col = col0 + warp / Config::kWarpsM * Config::kWarpN + PairedColumns::first();
+#pragma unroll
+  for (int i = 0; i < Config::kMmaM; ++i) {
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const int r = row + 16 * i + 8 * h;
+      if (r >= inputs.m) continue;
+      const int64_t out_row = kColumns ? at.col0 + r : out_rows[r];
+      float* sum = kColumns ? nullptr : sums + r * to.width;
+#pragma unroll
+      for (int j = 0; j < Config::kAccumulators / 4; ++j) {
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+          const int c = col + PairedColumns::at(j) + e;
+          if (c >= to.width) continue;
+          const float x = acc[i][4 * j + 2 * h + e];
+          const int64_t place = out_row * to.ld + c;
+          if (to.fp32)
+            put(sum ? sum + c : nullptr, at, static_cast<float*>(to.data) + place, x);
+          else
+            put(sum ? sum + c : nullptr, at, static_cast<T*>(to.data) + place, x);
+        }
+      }
+    }
+  }
+}
+
+// dbias of 256 columns: one thread a column.
+template <typename T>
+__device__ __forceinline__ void sum_columns(const T* g, float* dbias, const Patch& at, int tile) {
+  const int col = tile * blockDim.x + threadIdx.x;
+  if (col >= at.cols) return;
+  float sum = 0.0f;
+  for (int64_t row = 0; row < at.rows; ++row)
+    sum += static_cast<float>(__ldcg(g + row * kExactCols + col));
+  dbias[at.col0 + col] += sum;
+}
+
+template <typename T>
+__device__ __forceinline__ const T* rows_from(const Matrix& m, int64_t row) {
+  return static_cast<const T*>(m.data) + row * m.ld;
+}
+
+// The products of one patch; tiles in the order dE, dU, dC, dB, dbias.
+template <typename T, typename Config>
+__device__ void multiply_patch(const ExactRowsParams& p, const Patch& at, const T* g, float* sums,
+                               int* counter, ProductInputs<T>& inputs, int& taken,
+                               uint8_t* shared) {
+  const int of_e = tiles_of<Config>(p.de, at.rows), of_u = tiles_of<Config>(p.du, at.rows);
+  const int of_c = tiles_of<Config>(p.dc, at.cols), of_b = tiles_of<Config>(p.dlora_b, at.cols);
+  const int of_bias = p.dbias ? (at.cols + Config::kThreads - 1) / Config::kThreads : 0;
+  const int32_t* list = p.head.order.rows + at.row0;
+  float* sums_u = sums + (p.de.data ? int64_t{kExactRows} * p.de.width : 0);
+  while (true) {
+    __syncthreads();  // the last tile's words have been read
+    if (threadIdx.x == 0) taken = atomicAdd(counter, 1);
+    __syncthreads();
+    int tile = taken;
+    const bool rows = tile < of_e + of_u;
+    const bool low_rank = rows ? tile >= of_e : tile >= of_e + of_u + of_c;
+    if (rows) {
+      tile -= low_rank ? of_e : 0;
+    } else {
+      tile -= of_e + of_u + (low_rank ? of_c : 0);
+      if (low_rank && tile >= of_b) {
+        tile -= of_b;
+        if (tile >= of_bias) return;
+        sum_columns(g, p.dbias, at, tile);
+        continue;
+      }
+    }
+    if (threadIdx.x == 0) {
+      const Matrix& other = rows ? (low_rank ? p.head.lora_b : p.head.c)
+                                 : (low_rank ? p.head.u : p.head.e);
+      inputs.a = g;
+      inputs.lda = kExactCols;
+      inputs.b = rows_from<T>(other, rows ? at.col0 : 0);
+      inputs.ldb = other.ld;
+      inputs.b_rows = rows ? nullptr : list;
+      inputs.m = rows ? at.rows : at.cols;
+      inputs.n = static_cast<int>(other.cols);
+      inputs.k = rows ? at.cols : at.rows;
+    }
+    __syncthreads();
+    if (rows)
+      product_tile<T, Config, false>(inputs, low_rank ? p.du : p.de, low_rank ? sums_u : sums, list,
+                                     at, tile, shared);
+    else
+      product_tile<T, Config, true>(inputs, low_rank ? p.dlora_b : p.dc, nullptr, nullptr, at, tile,
+                                    shared);
+  }
+}
+
+template <typename T, typename Config>
+__global__ void __launch_bounds__(Config::kThreads, 1)
+    exact_rows_backward_mainloop(const __grid_constant__ ExactRowsParams p) {
+  extern __shared__ __align__(128) uint8_t shared[];
+  __shared__ Work work;
+  __shared__ ProductInputs<T> inputs;
+  __shared__ int taken;
+  const int count = __ldg(p.head.order.count);
+  if (count == 0) return;
+  auto* counter = static_cast<int*>(p.workspace);
+  auto* sums = reinterpret_cast<float*>(static_cast<char*>(p.workspace) + kExactBarrierBytes);
+  const int64_t group = min(p.n, int64_t{kExactRows});
+  T* g = reinterpret_cast<T*>(sums + group * ((p.de.data ? p.de.width : 0) +
+                                              (p.du.data ? p.du.width : 0)));
+  const int vocab = static_cast<int>(p.head.c.rows);
+  for (int row0 = 0; row0 < count; row0 += kExactRows) {
+    for (int col0 = 0; col0 < vocab; col0 += kExactCols) {
+      Patch at;
+      at.row0 = row0;
+      at.rows = min(kExactRows, count - row0);
+      at.col0 = col0;
+      at.cols = min(kExactCols, vocab - col0);
+      at.first = col0 == 0;
+      at.last = col0 + at.cols == vocab;
+      if (threadIdx.x == 0) {
+        work.e = p.head.e;
+        work.u = p.head.u;
+        work.c = p.head.c;
+        work.c.data = rows_from<T>(p.head.c, col0);
+        work.c.rows = at.cols;
+        work.lora_b = p.head.lora_b;
+        if (p.head.lora_b.data) work.lora_b.data = rows_from<T>(p.head.lora_b, col0);
+        work.lora_b.rows = at.cols;
+        work.row_order = p.head.order.rows + row0;
+        work.n = at.rows;
+        work.column_tiles = (at.cols + Config::kBlockN - 1) / Config::kBlockN;
+        work.tiles_per_split = 1;
+        work.splits = work.column_tiles;
+        work.superblock = kExactRows / Config::kBlockM;
+        if (blockIdx.x == 0) *counter = 0;
+      }
+      __syncthreads();
+      LogitParams logits(p.head.options, p.head.bias ? p.head.bias + col0 : nullptr, at.cols);
+      recompute_tiles<T, Config, Epilogue::kGeneral>(work, at.rows, logits, p.rows + row0, col0,
+                                                     DlogitsOut<T>{g, kExactCols, true, 0.0f},
+                                                     shared);
+      cooperative_groups::this_grid().sync();
+      multiply_patch<T, Config>(p, at, g, sums, counter, inputs, taken, shared);
+      cooperative_groups::this_grid().sync();
+    }
+  }
+}
+
+}  // namespace cce::cuda::sm80
