@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.amp.autocast_mode import _cast
 
-from cce_ext import _load, blocked
+from cce_ext import _load, blocked, triton
 from cce_ext.blocked import accumulate_dtype
 from cce_ext.cuda_backward import exact_backward
 
@@ -190,3 +190,4 @@ def register() -> None:
         _library.impl("linear_ce_backward", exact_backward, "CUDA")
     register_pair("linear_ce")
     define_pair("blocked_ce", blocked.forward, blocked.backward)
+    define_pair("triton_ce", triton.forward, triton.backward)
