@@ -144,15 +144,17 @@ def finish_rows(
     def on_valid(x: Tensor) -> Tensor:
         return torch.where(valid, x, 0)
 
-    none = lse.new_empty(0)
+    def none() -> Tensor:
+        return lse.new_empty(0)
+
     return (
         on_valid(nll),
         on_valid(lse),
         on_valid(target_logit),
-        none if logit_sum is None else on_valid(logit_sum),
-        none if argmax is None else on_valid(top),
-        none.long() if argmax is None else torch.where(valid, argmax + call.vocab_start, -1),
-        none if weighted is None else on_valid(lse - weighted / total),
+        none() if logit_sum is None else on_valid(logit_sum),
+        none() if argmax is None else on_valid(top),
+        none().long() if argmax is None else torch.where(valid, argmax + call.vocab_start, -1),
+        none() if weighted is None else on_valid(lse - weighted / total),
     )
 
 

@@ -1,15 +1,13 @@
 """The Triton path, impl="triton": a readable forward and an exact backward, to compare the compiled
 kernels with.
 
-Importing this package does not import Triton; :func:`forward` and :func:`backward` do at their
-first call. TRITON_INTERPRET=1, set before that, makes Triton interpret the kernels, also for
-tensors on a CPU. Method: Wijmans et al., arXiv 2411.09009.
+Importing this package does not import Triton: :func:`forward` and :func:`backward` do at their
+first call. With TRITON_INTERPRET=1 in the environment Triton interprets the kernels, also on a CPU;
+it must be there before Triton is first imported, which parts of PyTorch do. Method: Wijmans et al.,
+arXiv 2411.09009.
 """
 
 from __future__ import annotations
-
-import importlib.util
-import os
 
 import torch
 from torch import Tensor
@@ -17,26 +15,30 @@ from torch import Tensor
 
 def package_reason() -> str:
     """Why there is no Triton at all, or ''."""
-    if importlib.util.find_spec("triton") is None:
-        return "the triton package is not installed (pip install triton)"
+    try:
+        import triton  # noqa: F401
+    except ImportError as error:
+        return f"Triton does not import: {error} (pip install triton)"
     return ""
 
 
 def interpreted() -> bool:
-    """Whether Triton is asked to interpret its kernels rather than to compile them."""
-    return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")
+    """Whether Triton interprets kernels. The environment may have changed since its import; its own
+    library functions tell."""
+    from triton import JITFunction, language
+
+    return not isinstance(language.max, JITFunction)
 
 
 def unavailable_reason(device: torch.device) -> str:
     """Why the kernels cannot run on tensors of this device, and the way out; '' if they can."""
-    if package_reason():
-        return package_reason()
-    if device.type != "cuda" and not interpreted():
-        return (
-            f"Triton has no compiler for {device.type} tensors; set TRITON_INTERPRET=1 before "
-            "Python starts to interpret the kernels, or move the tensors to a GPU"
+    reason = package_reason()
+    if not reason and device.type != "cuda" and not interpreted():
+        reason = (
+            f"Triton cannot compile for {device.type} tensors; move them to a GPU, or set "
+            "TRITON_INTERPRET=1 before Python starts to interpret the kernels"
         )
-    return ""
+    return reason
 
 
 def forward(*args: object) -> tuple[Tensor, ...]:

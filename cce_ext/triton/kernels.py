@@ -17,8 +17,9 @@ import triton.language as tl
 BLOCK_N, BLOCK_V, BLOCK_K = 64, 128, 32
 NUM_WARPS = 8
 
-# The interpreter keeps bfloat16 as its bits in 16-bit integers, and its dot multiplies those.
-_INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+# The interpreter keeps bfloat16 as its bits in 16-bit integers: its dot multiplies those, and its
+# conversion cuts off what a GPU rounds.
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 
 @triton.jit
@@ -48,7 +49,7 @@ def _add_product(
         x = tl.load(x_rows + k * x_col_stride, mask=x_inside, other=0.0)
         # A float32 adapter over 16-bit hidden states is rounded to theirs.
         w = tl.load(w_rows + k * w_col_stride, mask=w_inside, other=0.0).to(x.dtype)
-        if _INTERPRETED:
+        if INTERPRETED:
             x, w = x.to(tl.float32), w.to(tl.float32)
         acc = tl.dot(x, tl.trans(w), acc, input_precision="ieee")
     return acc
@@ -247,7 +248,7 @@ def dlogits_kernel(
 
     Grid: (row blocks, column blocks). Inputs as for forward_kernel, c, bias and lora_b of the chunk
     alone and local counted from its first column; valid (n,) int8, lse, a, uniform, target (n,)
-    float32. G has the dtype of e and is zero in rows that are not valid.
+    float32. G may have any dtype and is zero in rows that are not valid.
     """
     rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     columns = tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)

@@ -20,6 +20,7 @@ from cce_ext.triton.kernels import (
     BLOCK_K,
     BLOCK_N,
     BLOCK_V,
+    INTERPRETED,
     NUM_WARPS,
     dlogits_kernel,
     forward_kernel,
@@ -166,7 +167,7 @@ def backward(
     db = call.lora_b.new_empty(call.lora_b.shape) if need_lora_b else None
     for columns in slices(c.shape[0], _chunk_columns(e)):
         width = columns.stop - columns.start
-        g = torch.empty(e.shape[0], width, dtype=e.dtype, device=e.device)
+        g = e.new_empty(e.shape[0], width, dtype=torch.float32 if INTERPRETED else e.dtype)
         c_chunk = c[columns]
         bias_chunk = None if call.bias is None else call.bias[columns]
         b_chunk = None if call.lora_b is None else call.lora_b[columns]
@@ -174,6 +175,7 @@ def backward(
             dlogits_kernel, -(-width // BLOCK_V), call, c_chunk, bias_chunk, b_chunk,
             g, g.stride(0), (local - columns.start).contiguous(), *rows,
         )  # fmt: skip
+        g = g.to(e.dtype)
         if need_e:
             de += _product(g, c_chunk)
         if need_c:
