@@ -22,7 +22,7 @@ def accumulate_dtype(e: Tensor) -> torch.dtype:
     return torch.float64 if e.dtype == torch.float64 else torch.float32
 
 
-class _Call(NamedTuple):
+class Call(NamedTuple):
     """The arguments that forward and backward share; see csrc/torch/library.cpp."""
 
     e: Tensor
@@ -62,31 +62,32 @@ class _Call(NamedTuple):
         return self.softcap * torch.tanh(z / self.softcap) if self.softcap else z
 
 
-def _slices(size: int, step: int) -> Iterator[slice]:
+def slices(size: int, step: int) -> Iterator[slice]:
+    """[0, size) in stretches of ``step``, the last one shorter."""
     return (slice(first, min(first + step, size)) for first in range(0, size, step))
 
 
 def forward(*args: object) -> tuple[Tensor, ...]:
     """``cce::blocked_ce_forward``; arguments and results as ``cce::linear_ce_forward``."""
     *shared, metrics = args
-    call = _Call(*shared)
-    blocks = [_forward_rows(call, rows, bool(metrics)) for rows in _slices(call.e.shape[0], _ROWS)]
+    call = Call(*shared)
+    blocks = [_forward_rows(call, rows, bool(metrics)) for rows in slices(call.e.shape[0], _ROWS)]
     if not blocks:
         acc = accumulate_dtype(call.e)
         return tuple(call.e.new_empty(0, dtype=torch.int64 if i == 5 else acc) for i in range(7))
     return tuple(torch.cat(parts) for parts in zip(*blocks, strict=True))
 
 
-def _forward_rows(call: _Call, rows: slice, metrics: bool) -> tuple[Tensor, ...]:
+def _forward_rows(call: Call, rows: slice, metrics: bool) -> tuple[Tensor, ...]:
     n, acc = rows.stop - rows.start, accumulate_dtype(call.e)
-    valid, local = call.valid()[rows], call.local_targets()[rows]
+    local = call.local_targets()[rows]
 
     def row(value: float) -> Tensor:
         return call.e.new_full((n,), value, dtype=acc)
 
     top, total, target_logit, logit_sum, weighted = row(-torch.inf), row(0), row(0), row(0), row(0)
     argmax = torch.zeros(n, dtype=torch.int64, device=call.e.device)
-    for columns in _slices(call.c.shape[0], _COLUMNS):
+    for columns in slices(call.c.shape[0], _COLUMNS):
         z = call.logits(rows, columns)
         best = z.max(-1)
         new_top = torch.maximum(top, best.values)
@@ -104,27 +105,64 @@ def _forward_rows(call: _Call, rows: slice, metrics: bool) -> tuple[Tensor, ...]
         hit = z.gather(1, torch.where(here, local - columns.start, 0)[:, None])[:, 0]
         target_logit = torch.where(here, hit, target_logit)
         top = new_top
+    return finish_rows(
+        call,
+        rows,
+        top,
+        total,
+        target_logit,
+        logit_sum if call.label_smoothing else None,
+        weighted if metrics else None,
+        argmax if metrics else None,
+    )
+
+
+def finish_rows(
+    call: Call,
+    rows: slice,
+    top: Tensor,
+    total: Tensor,
+    target_logit: Tensor,
+    logit_sum: Tensor | None,
+    weighted: Tensor | None,
+    argmax: Tensor | None,
+) -> tuple[Tensor, ...]:
+    """A forward op's results for some rows, from sums over this shard's logits z.
+
+    top = max z, total = Σ exp(z - top), logit_sum = Σ z (None without label smoothing), weighted =
+    Σ exp(z - top) z and argmax, a column of the shard (None without metrics).
+    """
+    valid = call.valid()[rows]
     lse = top + torch.log(total)
     unknown = (call.targets[rows] < 0) | (call.targets[rows] >= call.vocab)
     target_logit = torch.where(unknown, torch.nan, target_logit)
     nll = lse - target_logit
-    if call.label_smoothing:
+    if logit_sum is not None:
         smooth = call.label_smoothing
         nll = (1 - smooth) * nll + smooth * (lse - logit_sum / call.vocab)
 
     def on_valid(x: Tensor) -> Tensor:
         return torch.where(valid, x, 0)
 
-    none = row(0)[:0]
+    def none() -> Tensor:
+        return lse.new_empty(0)
+
     return (
         on_valid(nll),
         on_valid(lse),
         on_valid(target_logit),
-        on_valid(logit_sum) if call.label_smoothing else none,
-        on_valid(top) if metrics else none,
-        torch.where(valid, argmax + call.vocab_start, -1) if metrics else argmax[:0],
-        on_valid(lse - weighted / total) if metrics else none,
+        none() if logit_sum is None else on_valid(logit_sum),
+        none() if argmax is None else on_valid(top),
+        none().long() if argmax is None else torch.where(valid, argmax + call.vocab_start, -1),
+        none() if weighted is None else on_valid(lse - weighted / total),
     )
+
+
+def upstream(call: Call, gradient: Tensor | None) -> Tensor:
+    """A row gradient (N,) in the accumulation dtype, zero where rows are ignored or it is None."""
+    if gradient is None:
+        return call.e.new_zeros(call.e.shape[0], dtype=accumulate_dtype(call.e))
+    return torch.where(call.valid(), gradient.to(accumulate_dtype(call.e)), 0)
 
 
 def backward(
@@ -137,7 +175,7 @@ def backward(
     *rest: object,
 ):
     """``cce::blocked_ce_backward``; arguments and results as ``cce::linear_ce_backward``."""
-    call = _Call(e, c, targets, *rest[:9])
+    call = Call(e, c, targets, *rest[:9])
     needs = rest[9:]
     acc = accumulate_dtype(e)
     inputs = (e, c, call.bias, call.u, call.lora_b)
@@ -148,14 +186,11 @@ def backward(
     de, dc, dbias, du, db = sums
     valid = call.valid()
 
-    def upstream(t: Tensor | None) -> Tensor:
-        return e.new_zeros(e.shape[0], dtype=acc) if t is None else torch.where(valid, t.to(acc), 0)
-
-    d = upstream(dnll)
-    a = d + upstream(dlse)
+    d = upstream(call, dnll)
+    a = d + upstream(call, dlse)
     local = call.local_targets()
-    for columns in _slices(c.shape[0], _COLUMNS):
-        for rows in _slices(e.shape[0], _ROWS):
+    for columns in slices(c.shape[0], _COLUMNS):
+        for rows in slices(e.shape[0], _ROWS):
             g = _dlogits(call, rows, columns, a[rows], d[rows], lse[rows], local[rows])
             g = torch.where(valid[rows, None], g, 0)
             if dbias is not None:
@@ -178,7 +213,7 @@ def backward(
 
 
 def _dlogits(
-    call: _Call, rows: slice, columns: slice, a: Tensor, d: Tensor, lse: Tensor, local: Tensor
+    call: Call, rows: slice, columns: slice, a: Tensor, d: Tensor, lse: Tensor, local: Tensor
 ) -> Tensor:
     """dloss/dproduct of one block: (a p - d ((1 - eps) [j = t] + eps / V)) softcap' logit_scale."""
     z = call.logits(rows, columns)

@@ -29,9 +29,9 @@ def record_backward(tally: Tensor, dropped_share: Tensor, exact: Tensor) -> None
 
 def diagnostics() -> dict[str, Any]:
     """Facts of the last call: path (compiled, blocked, triton, reference, torch_compile or module),
-    reason (why not the compiled path; empty if it was), device, dtype, shape (N, V, D, R) and
-    filter (the resolved threshold and what it may filter; the backward is exact on every device
-    today). Empty before the first call and for compiled callers.
+    reason (why not the compiled path; empty for that path and for triton), device, dtype, shape (N,
+    V, D, R) and filter (the resolved threshold and what it may filter; the backward is exact on
+    every device today). Empty before the first call and for compiled callers.
     """
     facts = dict(_last)
     if _sparse:

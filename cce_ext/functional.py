@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cce_ext import checks, info
+from cce_ext import checks, info, triton
 from cce_ext.compiled import compiled_statistics
 from cce_ext.constants import IGNORE_INDEX
 from cce_ext.diagnostics import record
@@ -101,8 +101,9 @@ def linear_cross_entropy(
         accum_e_fp32, accum_c_fp32: accepted for compatibility; sums are always float32 or better.
         filter_e_grad, filter_c_grad: whether the filter may act on the gradient of e, of c.
         impl: "cce" (default), a preset of it ("cce_exact", "cce_kahan", "cce_kahan_full",
-            "cce_kahan_full_c", "cce_kahan_full_e", "cce_kahan_full_c_full_e"), "torch_compile" or
-            "reference" (both store logits). "triton" is reserved and raises NotImplementedError.
+            "cce_kahan_full_c", "cce_kahan_full_e", "cce_kahan_full_c_full_e"), "triton" (readable
+            kernels to compare with, exact whatever the filter options say; not for float64),
+            "torch_compile" or "reference" (both store logits).
         vocab_parallel_options: this rank holds rows [start, stop) of the classifier (and of bias
             and lora_b).
         lora_a: (R, D), any floating dtype and strides. lora_b: (V, R). lora_scale: factor of the
@@ -120,7 +121,8 @@ def linear_cross_entropy(
         TypeError, ValueError: an argument that does not fit, by name.
         IndexError: a target outside [0, V) on a CPU; on a GPU its loss is NaN instead, because a
             check would wait.
-        RuntimeError: CUDA tensors and no CUDA kernels; double backward.
+        RuntimeError: CUDA tensors and no CUDA kernels; impl="triton" where Triton cannot run;
+            double backward.
     """
     checks.check_bias_type(bias)
     checks.check_reduction(reduction)
@@ -156,7 +158,9 @@ def linear_cross_entropy(
         filter=resolved,
     )
     if vocab_parallel_options is not None:
-        stats = _parallel_rows(flat_e, head, flat_targets, options, vocab_parallel_options, facts)
+        stats = _parallel_rows(
+            name, flat_e, head, flat_targets, options, vocab_parallel_options, facts
+        )
     else:
         stats = _rows(name, flat_e, head, flat_targets, options, return_metrics, facts)
 
@@ -231,6 +235,12 @@ def _find_reason(device: torch.device, dtype: torch.dtype) -> str:
     return ""
 
 
+@torch.compiler.assume_constant_result
+def _triton_reason(device: torch.device) -> str:
+    """Why Triton cannot take tensors of this device, or ''."""
+    return triton.unavailable_reason(device)
+
+
 def _compute_dtype(e: Tensor) -> torch.dtype:
     """The dtype that the op will see, which autocast may change."""
     device = e.device.type
@@ -243,10 +253,12 @@ def _pair(name: str, e: Tensor) -> tuple[str, str]:
     """The implementation pair that serves a call, and why it is not the compiled one ('' where it
     is)."""
     if name == "triton":
-        raise NotImplementedError(
-            'impl="triton" is not built yet; use impl="cce_exact" for the compiled kernels or '
-            'impl="reference" for plain PyTorch'
-        )
+        reason = _triton_reason(e.device)
+        if reason:
+            raise RuntimeError(
+                f'impl="triton" cannot run: {reason}. Or use impl="cce_exact", the compiled kernels'
+            )
+        return "triton_ce", ""
     reason = _compiled_reason(e.device, _compute_dtype(e))
     return ("blocked_ce", reason) if reason else ("linear_ce", "")
 
@@ -317,6 +329,7 @@ def _check_parallel(
 
 
 def _parallel_rows(
+    name: str,
     e: Tensor,
     head: Head,
     targets: Tensor,
@@ -335,7 +348,7 @@ def _parallel_rows(
     if parallel.reduce_e_grad:
         e = reduce_gradient(e, parallel)
         u = None if u is None else reduce_gradient(u, parallel)
-    pair, reason = _pair("cce", e)
+    pair, reason = _pair(name, e)
     record(path="vocab_parallel", reason=reason, **facts)
     ops = tuple(getattr(torch.ops.cce, f"{pair}_{half}") for half in ("forward", "backward"))
     nll, lse = sharded_loss(ops, parallel, total, options, e, head.weight, targets, head.bias, u, b)

@@ -1,14 +1,13 @@
 """What is compiled in, what can run here, and why the rest cannot: `python -m cce_ext.info`."""
 
 import ctypes
-import importlib.util
 import json
 import os
 from typing import Any, NamedTuple
 
 import torch
 
-from cce_ext import _load
+from cce_ext import _load, triton
 from cce_ext._version import __version__
 
 
@@ -139,11 +138,10 @@ def _capability_reason(name: str) -> str:
 
 
 def _triton_backend() -> Backend:
-    if importlib.util.find_spec("cce_ext.triton") is None:
-        return Backend("triton", False, False, "this version of cce_ext has no Triton kernels")
-    if importlib.util.find_spec("triton") is None:
-        return Backend("triton", False, False, "the triton package is not installed")
-    if os.environ.get("TRITON_INTERPRET") == "1" or torch.cuda.is_available():
+    reason = triton.package_reason()
+    if reason:
+        return Backend("triton", False, False, reason)
+    if triton.interpreted() or torch.cuda.is_available():
         return Backend("triton", True, True, "")
     return Backend(
         "triton", True, False, "no CUDA device is visible (TRITON_INTERPRET=1 interprets on a CPU)"

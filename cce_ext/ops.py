@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.amp.autocast_mode import _cast
 
-from cce_ext import _load, blocked
+from cce_ext import _load, blocked, triton
 from cce_ext.blocked import accumulate_dtype
 from cce_ext.cuda_backward import exact_backward
 from cce_ext.sparse import op as sparse
@@ -195,3 +195,4 @@ def register() -> None:
         "sparse_ce_forward", _make_autocast("sparse_ce", "cuda", "AutocastCUDA"), "AutocastCUDA"
     )
     define_pair("blocked_ce", blocked.forward, blocked.backward)
+    define_pair("triton_ce", triton.forward, triton.backward)

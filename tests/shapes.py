@@ -20,6 +20,17 @@ CPU_TILES: list[Shape] = [
 # The CPU path's rows: one, more than a forward block (1024) and than a backward block (2048).
 CPU_ROWS: list[Shape] = [(1, 1, 129, 8), (1, 1, 1, 4), (1, 1025, 300, 16), (3, 700, 1100, 24)]
 
+# Every implementation, the Triton kernels above all: 64 rows, 128 vocabulary ids, 32 in K; 4096 ids a split. Small,
+# since without a GPU they are interpreted.
+PARITY: list[Shape] = [
+    (1, 3, 7, 3),
+    (1, 2, 129, 33),
+    (2, 32, 128, 32),
+    (1, 65, 127, 17),
+    (3, 43, 257, 64),
+    (1, 5, 4097, 31),
+]
+
 # The GPU kernels: 128 rows, 256 columns, 64 in K; 4096 columns a split.
 GPU_TILES: list[Shape] = [
     (1, 1, 129, 33),
