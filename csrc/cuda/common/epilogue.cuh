@@ -44,6 +44,7 @@ struct LogitParams {
   const float* bias = nullptr;
   int cols = 0;  // columns from here on do not exist
 
+  LogitParams() = default;
   __host__ __device__ LogitParams(const core::LossOptions& options, const float* bias_of_launch,
                        int64_t columns)
       : logit_scale(static_cast<float>(options.logit_scale)),

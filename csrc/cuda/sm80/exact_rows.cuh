@@ -15,10 +15,24 @@
 
 namespace cce::cuda::sm80 {
 
-// One stretch of rows and columns, the same for all threads of a block.
+// One stretch of rows and columns. In shared memory, like everything here that is the same for all threads: registers are
+// for the accumulators.
 struct Patch {
   int row0, rows, col0, cols;
   bool first, last;  // stretch of columns
+};
+
+template <typename T>
+struct Plan {
+  Patch at;
+  T* g;         // (kExactRows, kExactCols)
+  float* sums;  // (kExactRows, width) of dE, then of dU
+  Work work;    // the recompute's, with the next three
+  LogitParams logits;
+  DlogitsOut<T> out;
+  const RowGradient* records;
+  ProductInputs<T> inputs;
+  int taken;
 };
 
 // Row gradients are summed in fp32 over the column stretches; the last one rounds. Column gradients are added to in place.
@@ -101,21 +115,34 @@ __device__ __forceinline__ const T* rows_from(const Matrix& m, int64_t row) {
   return static_cast<const T*>(m.data) + row * m.ld;
 }
 
+// Sets the inputs of one tile's gradient; thread 0.
+template <typename T>
+__device__ void set_inputs(const ExactRowsParams& p, Plan<T>& plan, bool rows, bool low_rank) {
+  const Matrix& other = rows ? (low_rank ? p.head.lora_b : p.head.c)
+                             : (low_rank ? p.head.u : p.head.e);
+  ProductInputs<T>& in = plan.inputs;
+  in.a = plan.g;
+  in.lda = kExactCols;
+  in.b = rows_from<T>(other, rows ? plan.at.col0 : 0);
+  in.ldb = other.ld;
+  in.b_rows = rows ? nullptr : p.head.order.rows + plan.at.row0;
+  in.m = rows ? plan.at.rows : plan.at.cols;
+  in.n = static_cast<int>(other.cols);
+  in.k = rows ? plan.at.cols : plan.at.rows;
+}
+
 // The products of one patch; tiles in the order dE, dU, dC, dB, dbias.
 template <typename T, typename Config>
-__device__ void multiply_patch(const ExactRowsParams& p, const Patch& at, const T* g, float* sums,
-                               int* counter, ProductInputs<T>& inputs, int& taken,
-                               uint8_t* shared) {
-  const int of_e = tiles_of<Config>(p.de, at.rows), of_u = tiles_of<Config>(p.du, at.rows);
-  const int of_c = tiles_of<Config>(p.dc, at.cols), of_b = tiles_of<Config>(p.dlora_b, at.cols);
-  const int of_bias = p.dbias ? (at.cols + Config::kThreads - 1) / Config::kThreads : 0;
-  const int32_t* list = p.head.order.rows + at.row0;
-  float* sums_u = sums + (p.de.data ? int64_t{kExactRows} * p.de.width : 0);
+__device__ __forceinline__ void multiply_patch(const ExactRowsParams& p, Plan<T>& plan,
+                                               uint8_t* shared) {
+  const Patch& at = plan.at;
   while (true) {
     __syncthreads();  // the last tile's words have been read
-    if (threadIdx.x == 0) taken = atomicAdd(counter, 1);
+    if (threadIdx.x == 0) plan.taken = atomicAdd(static_cast<int*>(p.workspace), 1);
     __syncthreads();
-    int tile = taken;
+    int tile = plan.taken;
+    const int of_e = tiles_of<Config>(p.de, at.rows), of_u = tiles_of<Config>(p.du, at.rows);
+    const int of_c = tiles_of<Config>(p.dc, at.cols), of_b = tiles_of<Config>(p.dlora_b, at.cols);
     const bool rows = tile < of_e + of_u;
     const bool low_rank = rows ? tile >= of_e : tile >= of_e + of_u + of_c;
     if (rows) {
@@ -124,83 +151,85 @@ __device__ void multiply_patch(const ExactRowsParams& p, const Patch& at, const 
       tile -= of_e + of_u + (low_rank ? of_c : 0);
       if (low_rank && tile >= of_b) {
         tile -= of_b;
-        if (tile >= of_bias) return;
-        sum_columns(g, p.dbias, at, tile);
+        if (!p.dbias || tile * Config::kThreads >= at.cols) return;
+        sum_columns(plan.g, p.dbias, at, tile);
         continue;
       }
     }
-    if (threadIdx.x == 0) {
-      const Matrix& other = rows ? (low_rank ? p.head.lora_b : p.head.c)
-                                 : (low_rank ? p.head.u : p.head.e);
-      inputs.a = g;
-      inputs.lda = kExactCols;
-      inputs.b = rows_from<T>(other, rows ? at.col0 : 0);
-      inputs.ldb = other.ld;
-      inputs.b_rows = rows ? nullptr : list;
-      inputs.m = rows ? at.rows : at.cols;
-      inputs.n = static_cast<int>(other.cols);
-      inputs.k = rows ? at.cols : at.rows;
-    }
+    if (threadIdx.x == 0) set_inputs(p, plan, rows, low_rank);
     __syncthreads();
+    const int64_t before_u = p.de.data ? int64_t{kExactRows} * p.de.width : 0;
     if (rows)
-      product_tile<T, Config, false>(inputs, low_rank ? p.du : p.de, low_rank ? sums_u : sums, list,
-                                     at, tile, shared);
+      product_tile<T, Config, false>(plan.inputs, low_rank ? p.du : p.de,
+                                     plan.sums + (low_rank ? before_u : 0),
+                                     p.head.order.rows + at.row0, at, tile, shared);
     else
-      product_tile<T, Config, true>(inputs, low_rank ? p.dlora_b : p.dc, nullptr, nullptr, at, tile,
-                                    shared);
+      product_tile<T, Config, true>(plan.inputs, low_rank ? p.dlora_b : p.dc, nullptr, nullptr, at,
+                                    tile, shared);
   }
+}
+
+// Sets the plan for a stretch of rows and columns; thread 0.
+template <typename T, typename Config>
+__device__ void set_plan(const ExactRowsParams& p, Plan<T>& plan, int row0, int col0) {
+  const int count = *p.head.order.count, vocab = static_cast<int>(p.head.c.rows);
+  const int64_t group = min(p.n, int64_t{kExactRows});
+  Patch& at = plan.at;
+  at.row0 = row0;
+  at.rows = min(kExactRows, count - row0);
+  at.col0 = col0;
+  at.cols = min(kExactCols, vocab - col0);
+  at.first = col0 == 0;
+  at.last = col0 + at.cols == vocab;
+  plan.sums = reinterpret_cast<float*>(static_cast<char*>(p.workspace) + kExactBarrierBytes);
+  plan.g = reinterpret_cast<T*>(plan.sums + group * ((p.de.data ? p.de.width : 0) +
+                                                     (p.du.data ? p.du.width : 0)));
+  Work& work = plan.work;
+  work.e = p.head.e;
+  work.u = p.head.u;
+  work.c = p.head.c;
+  work.c.data = rows_from<T>(p.head.c, col0);
+  work.c.rows = at.cols;
+  work.lora_b = p.head.lora_b;
+  if (p.head.lora_b.data) work.lora_b.data = rows_from<T>(p.head.lora_b, col0);
+  work.lora_b.rows = at.cols;
+  work.row_order = p.head.order.rows + row0;
+  work.n = at.rows;
+  work.column_tiles = (at.cols + Config::kBlockN - 1) / Config::kBlockN;
+  work.tiles_per_split = 1;
+  work.splits = work.column_tiles;
+  work.superblock = kExactRows / Config::kBlockM;
+  plan.logits = LogitParams(p.head.options, p.head.bias ? p.head.bias + col0 : nullptr, at.cols);
+  plan.out = {plan.g, kExactCols, true, 0.0f};
+  plan.records = p.rows + row0;
+  if (blockIdx.x == 0) *static_cast<int*>(p.workspace) = 0;
 }
 
 template <typename T, typename Config>
 __global__ void __launch_bounds__(Config::kThreads, 1)
     exact_rows_backward_mainloop(const __grid_constant__ ExactRowsParams p) {
   extern __shared__ __align__(128) uint8_t shared[];
-  __shared__ Work work;
-  __shared__ ProductInputs<T> inputs;
-  __shared__ int taken;
-  const int count = __ldg(p.head.order.count);
-  if (count == 0) return;
-  auto* counter = static_cast<int*>(p.workspace);
-  auto* sums = reinterpret_cast<float*>(static_cast<char*>(p.workspace) + kExactBarrierBytes);
-  const int64_t group = min(p.n, int64_t{kExactRows});
-  T* g = reinterpret_cast<T*>(sums + group * ((p.de.data ? p.de.width : 0) +
-                                              (p.du.data ? p.du.width : 0)));
-  const int vocab = static_cast<int>(p.head.c.rows);
-  for (int row0 = 0; row0 < count; row0 += kExactRows) {
-    for (int col0 = 0; col0 < vocab; col0 += kExactCols) {
-      Patch at;
-      at.row0 = row0;
-      at.rows = min(kExactRows, count - row0);
-      at.col0 = col0;
-      at.cols = min(kExactCols, vocab - col0);
-      at.first = col0 == 0;
-      at.last = col0 + at.cols == vocab;
-      if (threadIdx.x == 0) {
-        work.e = p.head.e;
-        work.u = p.head.u;
-        work.c = p.head.c;
-        work.c.data = rows_from<T>(p.head.c, col0);
-        work.c.rows = at.cols;
-        work.lora_b = p.head.lora_b;
-        if (p.head.lora_b.data) work.lora_b.data = rows_from<T>(p.head.lora_b, col0);
-        work.lora_b.rows = at.cols;
-        work.row_order = p.head.order.rows + row0;
-        work.n = at.rows;
-        work.column_tiles = (at.cols + Config::kBlockN - 1) / Config::kBlockN;
-        work.tiles_per_split = 1;
-        work.splits = work.column_tiles;
-        work.superblock = kExactRows / Config::kBlockM;
-        if (blockIdx.x == 0) *counter = 0;
+  __shared__ Plan<T> plan;
+  __shared__ int row0, col0;
+  if (*p.head.order.count == 0) return;
+  if (threadIdx.x == 0) row0 = col0 = 0;
+  __syncthreads();
+  while (row0 < *p.head.order.count) {
+    if (threadIdx.x == 0) set_plan<T, Config>(p, plan, row0, col0);
+    __syncthreads();
+    recompute_tiles<T, Config, Epilogue::kGeneral>(plan.work, plan.at.rows, plan.logits,
+                                                   plan.records, plan.at.col0, plan.out, shared);
+    cooperative_groups::this_grid().sync();
+    multiply_patch<T, Config>(p, plan, shared);
+    cooperative_groups::this_grid().sync();
+    if (threadIdx.x == 0) {
+      col0 += kExactCols;
+      if (col0 >= p.head.c.rows) {
+        col0 = 0;
+        row0 += kExactRows;
       }
-      __syncthreads();
-      LogitParams logits(p.head.options, p.head.bias ? p.head.bias + col0 : nullptr, at.cols);
-      recompute_tiles<T, Config, Epilogue::kGeneral>(work, at.rows, logits, p.rows + row0, col0,
-                                                     DlogitsOut<T>{g, kExactCols, true, 0.0f},
-                                                     shared);
-      cooperative_groups::this_grid().sync();
-      multiply_patch<T, Config>(p, at, g, sums, counter, inputs, taken, shared);
-      cooperative_groups::this_grid().sync();
     }
+    __syncthreads();
   }
 }
 

@@ -95,6 +95,8 @@ class Product {
         ptx::cp_async_16(stage + LayoutA::offset(row, piece), from, absent);
       }
     }
+    // Two at a time: more of the 64-bit addresses at once do not fit into the registers.
+#pragma unroll 2
     for (int i = threadIdx.x; i < Config::kBlockK * LayoutB::kPieces; i += Config::kThreads) {
       const int k = i / LayoutB::kPieces, piece = i % LayoutB::kPieces;
       const int col = col0 + piece * 8;
