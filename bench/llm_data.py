@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 _ALTERNATIVES = 64
-_STEEPNESS = 1.35
+_STEEPNESS = 1.5
 # kind of row -> share, boost of the target's logit, boosts of the alternatives (low, high)
 _KINDS = {
-    "sharp": (0.50, 12.0, (2.0, 6.0)),
-    "medium": (0.35, 9.0, (3.0, 6.5)),
-    "flat": (0.15, 6.0, (2.0, 5.0)),
+    "sharp": (0.50, 13.0, (2.0, 6.0)),
+    "medium": (0.35, 9.5, (3.0, 6.5)),
+    "flat": (0.15, 7.0, (2.0, 5.0)),
 }
 
 

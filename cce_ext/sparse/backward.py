@@ -133,29 +133,33 @@ def _sparse(
     rows_of = [(need_e, call.c, e), (need_u and u is not None, call.lora_b, u)]
     columns_of = [(need_c, call.e, c), (need_lora_b and lora_b is not None, call.u, lora_b)]
     spread = _spread(call, lists, a_sparse, d_sparse, row_mass)
+    # A bf16 matrix needs no unit; one for fp16 that no weight exceeds by much.
+    unit = torch.ones(1, device=a.device)
+    if call.e.dtype == torch.float16:
+        unit = ((a_sparse.abs().max() + d_sparse.abs().max()) * abs(logit_scale) + 1e-30)[None]
+    hot = call.e.new_zeros(call.e.shape[0], lists.hot_ids.shape[0])
     weights = torch.ops.cce.entry_weights(
         lists.row_first[-1:], lists.rows, lists.ids, lists.logits, a_sparse, d_sparse, call.lse,
-        targets, softcap, logit_scale, label_smoothing, vocab_start,
+        targets, softcap, logit_scale, label_smoothing, vocab_start, lists.slots, hot, unit,
     )  # fmt: skip
+    kept = _Kept(lists, weights, tail.Dense(hot, unit, lists.hot_ids))
     dbias = tail.column_sum(spread) if need_bias and bias is not None else None
     by_row = [
-        _row_gradient(spread, lists, weights, source, like) if need else None
+        _row_gradient(spread, kept, source, like) if need else None
         for need, source, like in rows_of
     ]
     by_column = [
-        _column_gradient(spread, lists, weights, source, like, dbias if i == 0 else None)
-        if need
-        else None
-        for i, (need, source, like) in enumerate(columns_of)
+        _column_gradient(spread, kept, source, like) if need else None
+        for need, source, like in columns_of
     ]
-    if dbias is not None and by_column[0] is None:
+    if dbias is not None:
         # Only the sums of the weights are wanted.
         nothing = call.e.new_zeros(call.e.shape[0] + call.c.shape[0], 8)
         torch.ops.cce.gather_(
-            nothing[: call.c.shape[0]], nothing[call.c.shape[0] :], lists.column_first, lists.rows,
-            weights, lists.order, None, dbias,
+            nothing[: call.c.shape[0]], nothing[call.c.shape[0] :], lists.column_first[:-1],
+            lists.column_first[1:].contiguous(), lists.rows, weights, lists.order, None, dbias,
         )  # fmt: skip
-    del spread, weights
+    del spread, kept, weights, hot
     _add_exact_rows(call, d, dlse, exact, by_row, by_column, dbias)
     results = (by_row[0], by_column[0], dbias, by_row[1], by_column[1])
     return tuple(
@@ -191,32 +195,35 @@ def _spread(call: _Call, lists: Lists, a: Tensor, d: Tensor, row_mass: Tensor) -
     return tail.spread(mass, classes, tail.shapes(weights), uniform)
 
 
-def _row_gradient(
-    spread: tail.Spread, lists: Lists, weights: Tensor, source: Tensor, like: Tensor
-) -> Tensor:
+class _Kept(NamedTuple):
+    """Kept entries and their weights: those of hot ids as a matrix, the others by the lists."""
+
+    lists: Lists
+    weights: Tensor  # (K,)
+    hot: tail.Dense
+
+
+def _row_gradient(spread: tail.Spread, kept: _Kept, source: Tensor, like: Tensor) -> Tensor:
     """The gradient by `like` (N, width): tail and kept entries; source (V, width)."""
-    out = tail.row_gradient(spread, source)
+    lists = kept.lists
+    out = tail.row_gradient(spread, kept.hot, source)
     torch.ops.cce.gather_(
-        out, source, lists.row_first, lists.ids, weights, None, lists.row_order, None
-    )
+        out, source, lists.row_first[:-1], lists.row_hot, lists.ids, kept.weights, None,
+        lists.row_order, None,
+    )  # fmt: skip
     return out.to(like.dtype)
 
 
-def _column_gradient(
-    spread: tail.Spread,
-    lists: Lists,
-    weights: Tensor,
-    source: Tensor,
-    like: Tensor,
-    sums: Tensor | None,
-) -> Tensor:
-    """The gradient by `like` (V, width): tail and kept entries; source (N, width). sums (V,) gets
-    the entries' weights."""
+def _column_gradient(spread: tail.Spread, kept: _Kept, source: Tensor, like: Tensor) -> Tensor:
+    """The gradient by `like` (V, width): tail and kept entries; source (N, width)."""
+    lists = kept.lists
     out = torch.empty(like.shape, device=like.device, dtype=source.dtype)
-    tail.column_gradient(spread, source, out)
+    tail.column_gradient(spread, kept.hot, source, out)
     out = out.to(like.dtype)
+    first, last = lists.column_first[:-1], lists.column_first[1:]
+    cold = torch.where(lists.slots < 0, last, first)
     torch.ops.cce.gather_(
-        out, source, lists.column_first, lists.rows, weights, lists.order, None, sums
+        out, source, first, cold, lists.rows, kept.weights, lists.order, None, None
     )
     return out
 

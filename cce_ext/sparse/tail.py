@@ -133,8 +133,17 @@ def spread(mass: Tensor, classes: Tensor, shape: Tensor, uniform: Tensor | None)
     return Spread(by_class, shape)
 
 
-def row_gradient(tail: Spread, weight: Tensor) -> Tensor:
-    """(N, width): the tail's gradients by rows, Σ_j tail[n, j] weight[j]; weight (V, width)."""
+class Dense(NamedTuple):
+    """Kept entries of the hot ids: gradients by the products are values * unit."""
+
+    values: Tensor  # (N, H), 16-bit
+    unit: Tensor  # (1,) float32
+    ids: Tensor  # (H,)
+
+
+def row_gradient(tail: Spread, dense: Dense, weight: Tensor) -> Tensor:
+    """(N, width): what tail and hot ids add to the gradients by rows, Σ_j g[n, j] weight[j]; weight
+    (V, width)."""
     whole = weight.shape[0] // GROUP
     shape = tail.shape.to(weight.dtype)
     parts = []
@@ -144,13 +153,18 @@ def row_gradient(tail: Spread, weight: Tensor) -> Tensor:
     if weight.shape[0] % GROUP:
         parts.append((shape[:, whole * GROUP :] @ weight[whole * GROUP :])[None])
     centers = torch.cat(parts).transpose(0, 1)  # (K, G, width)
+    hot = weight[dense.ids]
+    if weight.dtype == torch.bfloat16:  # needs no units: one product, rounded once
+        factors = torch.cat([tail.mass.to(weight.dtype).flatten(1), dense.values], 1)
+        return factors @ torch.cat([centers.flatten(0, 1), hot])
     mass, unit = _unit(tail.mass, weight.dtype)
-    return (wide_mm(mass.flatten(1), centers.flatten(0, 1)) * unit).to(weight.dtype)
+    total = wide_mm(mass.flatten(1), centers.flatten(0, 1)) * unit
+    return (total + wide_mm(dense.values, hot) * dense.unit).to(weight.dtype)
 
 
-def column_gradient(tail: Spread, hidden: Tensor, out: Tensor) -> None:
-    """out (V, width) = the tail's gradients by columns, Σ_n tail[n, j] hidden[n]; hidden (N,
-    width)."""
+def column_gradient(tail: Spread, dense: Dense, hidden: Tensor, out: Tensor) -> None:
+    """out (V, width) = what tail and hot ids add to the gradients by columns, Σ_n g[n, j]
+    hidden[n]; hidden (N, width)."""
     k, g = tail.mass.shape[1:]
     mass, unit = _unit(tail.mass, hidden.dtype)
     centers = (wide_mm(mass.flatten(1).T, hidden) * unit).to(hidden.dtype)
@@ -164,6 +178,8 @@ def column_gradient(tail: Spread, hidden: Tensor, out: Tensor) -> None:
         torch.bmm(grouped, centers[:whole], out=to)
     if vocab % GROUP:
         torch.mm(shape[whole * GROUP :], centers[-1], out=out[whole * GROUP :])
+    hot = wide_mm(dense.values.T, hidden) * dense.unit
+    out[dense.ids] = (out[dense.ids] + hot).to(out.dtype)
 
 
 def _unit(mass: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | float]:

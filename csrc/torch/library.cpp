@@ -48,22 +48,24 @@ STABLE_TORCH_LIBRARY(cce, m) {
   m.def(
       "count_kept(Tensor pool, Tensor counts, Tensor bound2, Tensor row_order, Tensor row_count, "
       "Tensor lse, Tensor target_logit, Tensor targets, float eps, int ignore_index, "
-      "int shard_size, int vocab_start, int vocab_total) -> (Tensor kept, Tensor exact)");
+      "int shard_size, int vocab_start, int vocab_total) -> (Tensor kept, Tensor exact, "
+      "Tensor column_counts)");
   m.def(
       "write_kept(Tensor pool, Tensor counts, Tensor bound2, Tensor row_order, Tensor row_count, "
       "Tensor lse, Tensor target_logit, Tensor targets, float eps, int ignore_index, "
       "int shard_size, int vocab_start, int vocab_total, Tensor exact, Tensor first, "
-      "int id_bits, Tensor(a!) keys, Tensor(b!) logits) -> ()");
+      "Tensor slots, int id_bits, Tensor(a!) keys, Tensor(b!) logits) -> ()");
   m.def("sort_pairs(Tensor keys, Tensor values, int bits) -> (Tensor keys, Tensor values)");
   m.def(
-      "dropped_mass(Tensor max_sum, Tensor capped, Tensor first, Tensor ids, Tensor logits, "
-      "Tensor row_order, Tensor row_count, Tensor lse, int shard_size, float softcap) -> Tensor");
+      "dropped_mass(Tensor max_sum, Tensor capped, Tensor first, Tensor hot, Tensor ids, "
+      "Tensor logits, Tensor row_order, Tensor row_count, Tensor lse, int shard_size, float softcap) -> Tensor");
   m.def(
       "entry_weights(Tensor count, Tensor rows, Tensor ids, Tensor logits, Tensor a, Tensor d, "
       "Tensor lse, Tensor targets, float softcap, float logit_scale, float label_smoothing, "
-      "int vocab_start) -> Tensor");
+      "int vocab_start, Tensor slots, Tensor(a!) dense, Tensor unit) -> Tensor");
   m.def(
-      "gather_(Tensor(a!) out, Tensor source, Tensor first, Tensor items, Tensor weights, "
+      "gather_(Tensor(a!) out, Tensor source, Tensor first, Tensor last, Tensor items, "
+      "Tensor weights, "
       "Tensor? order, Tensor? out_rows, Tensor(b!)? sums) -> ()");
   // The exact gradients of the rows in the order: their rows of de and du are overwritten, dc, dbias and dlora_b added to.
   m.def(

@@ -120,7 +120,7 @@ cuda::KeepParams keep_params(const Tensor& pool, const Tensor& counts, const Ten
   return p;
 }
 
-std::tuple<Tensor, Tensor> count_kept_cuda(Tensor pool, Tensor counts, Tensor bound2,
+std::tuple<Tensor, Tensor, Tensor> count_kept_cuda(Tensor pool, Tensor counts, Tensor bound2,
                                            Tensor row_order, Tensor row_count, Tensor lse,
                                            Tensor target_logit, Tensor targets, double eps,
                                            int64_t ignore_index, int64_t shard_size,
@@ -132,22 +132,25 @@ std::tuple<Tensor, Tensor> count_kept_cuda(Tensor pool, Tensor counts, Tensor bo
   Tensor kept = empty(lse, {pool.size(0)}, ScalarType::Int);
   Tensor exact = empty(lse, {pool.size(0)}, ScalarType::Byte);
   p.kept = i32(kept, "kept");
+  Tensor column_counts = zeros(lse, {shard_size}, ScalarType::Int);
   p.exact = u8(exact, "exact");
+  p.column_counts = i32(column_counts, "column_counts");
   check_cuda(cuda::count_kept(p, stream_of(lse)), "count_kept");
-  return {kept, exact};
+  return {kept, exact, column_counts};
 }
 
 void write_kept_cuda(Tensor pool, Tensor counts, Tensor bound2, Tensor row_order, Tensor row_count,
                      Tensor lse, Tensor target_logit, Tensor targets, double eps,
                      int64_t ignore_index, int64_t shard_size, int64_t vocab_start,
-                     int64_t vocab_total, Tensor exact, Tensor first, int64_t id_bits, Tensor keys,
-                     Tensor logits) {
+                     int64_t vocab_total, Tensor exact, Tensor first, Tensor slots,
+                     int64_t id_bits, Tensor keys, Tensor logits) {
   const Guard guard(lse.get_device_index());
   cuda::KeepParams p =
       keep_params(pool, counts, bound2, row_order, row_count, lse, target_logit, targets, eps,
                   ignore_index, shard_size, vocab_start, vocab_total);
   p.exact = u8(exact, "exact");
   p.first = i64(first, "first");
+  p.slots = i32(slots, "slots");
   p.id_bits = static_cast<int>(id_bits);
   p.keys = i64(keys, "keys");
   p.logits = f32(logits, "logits");
@@ -174,8 +177,8 @@ std::tuple<Tensor, Tensor> sort_pairs_cuda(Tensor keys, Tensor values, int64_t b
   return {keys_out, values_out};
 }
 
-Tensor dropped_mass_cuda(Tensor max_sum, Tensor capped, Tensor first, Tensor ids, Tensor logits,
-                         Tensor row_order, Tensor row_count, Tensor lse, int64_t shard_size,
+Tensor dropped_mass_cuda(Tensor max_sum, Tensor capped, Tensor first, Tensor hot, Tensor ids,
+                         Tensor logits, Tensor row_order, Tensor row_count, Tensor lse, int64_t shard_size,
                          double softcap) {
   const Guard guard(lse.get_device_index());
   cuda::MassParams p;
@@ -188,6 +191,7 @@ Tensor dropped_mass_cuda(Tensor max_sum, Tensor capped, Tensor first, Tensor ids
   p.partials.max_sum = reinterpret_cast<float2*>(f32(max_sum, "max_sum"));
   if (capped.size(0) > 0) p.partials.capped = f32(capped, "capped");
   p.first = i32(first, "first");
+  p.hot = i32(hot, "hot");
   p.ids = i32(ids, "ids");
   p.logits = f32(logits, "logits");
   p.order = Order(row_order, row_count).view();
@@ -200,7 +204,8 @@ Tensor dropped_mass_cuda(Tensor max_sum, Tensor capped, Tensor first, Tensor ids
 
 Tensor entry_weights_cuda(Tensor count, Tensor rows, Tensor ids, Tensor logits, Tensor a, Tensor d,
                           Tensor lse, Tensor targets, double softcap, double logit_scale,
-                          double label_smoothing, int64_t vocab_start) {
+                          double label_smoothing, int64_t vocab_start, Tensor slots, Tensor dense,
+                          Tensor unit) {
   const Guard guard(lse.get_device_index());
   cuda::WeightParams p;
   p.count = i32(count, "count");
@@ -216,6 +221,11 @@ Tensor entry_weights_cuda(Tensor count, Tensor rows, Tensor ids, Tensor logits, 
   p.options.logit_scale = logit_scale;
   p.options.label_smoothing = label_smoothing;
   p.options.vocab_start = vocab_start;
+  p.slots = i32(slots, "slots");
+  p.dtype = kernel_dtype(dense);
+  p.dense = dense.mutable_data_ptr();
+  p.hot = dense.size(1);
+  p.unit = f32(unit, "unit");
   Tensor weights = empty(lse, {p.capacity}, ScalarType::Float);
   p.weights = floats(weights);
   check_cuda(cuda::entry_weights(p, stream_of(lse)), "entry_weights");
@@ -230,8 +240,8 @@ bool is_fp32_beside(const Tensor& out, const Tensor& other, const char* name) {
   return false;
 }
 
-void gather_cuda(Tensor out, Tensor source, Tensor first, Tensor items, Tensor weights,
-                 std::optional<Tensor> order, std::optional<Tensor> out_rows,
+void gather_cuda(Tensor out, Tensor source, Tensor first, Tensor last, Tensor items,
+                 Tensor weights, std::optional<Tensor> order, std::optional<Tensor> out_rows,
                  std::optional<Tensor> sums) {
   const Guard guard(out.get_device_index());
   STD_TORCH_CHECK(out.size(1) == source.size(1) && out.stride(1) == 1 && source.stride(1) == 1,
@@ -245,12 +255,13 @@ void gather_cuda(Tensor out, Tensor source, Tensor first, Tensor items, Tensor w
   p.out_fp32 = is_fp32_beside(out, source, "out");
   p.width = static_cast<int>(source.size(1));
   p.first = i32(first, "first");
+  p.last = i32(last, "last");
   p.items = i32(items, "items");
   p.weights = f32(weights, "weights");
   if (order) p.order = i32(*order, "order");
   if (out_rows) p.out_rows = i32(*out_rows, "out_rows");
   if (sums) p.sums = f32(*sums, "sums");
-  p.segments = first.size(0) - 1;
+  p.segments = first.size(0);
   p.partition_bytes = cuda::gather_workspace(p.segments);
   Tensor work = empty(out, {3, p.segments}, ScalarType::Int);
   Tensor work_counts = empty(out, {2}, ScalarType::Int);

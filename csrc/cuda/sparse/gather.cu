@@ -24,12 +24,12 @@ constexpr int kInFlight = 8;  // rows under way at a time
 constexpr int kBlocksPerProcessor = 4;
 
 struct IsHeavy {
-  const int32_t* first;
-  __device__ bool operator()(int32_t s) const { return first[s + 1] - first[s] > kHeavy; }
+  const int32_t *first, *last;
+  __device__ bool operator()(int32_t s) const { return last[s] - first[s] > kHeavy; }
 };
 struct IsLight {
-  const int32_t* first;
-  __device__ bool operator()(int32_t s) const { return first[s + 1] > first[s]; }
+  const int32_t *first, *last;
+  __device__ bool operator()(int32_t s) const { return last[s] > first[s]; }
 };
 
 __device__ __forceinline__ float widen(__nv_bfloat16 x) { return __bfloat162float(x); }
@@ -161,7 +161,7 @@ __global__ void __launch_bounds__(kThreads) light_kernel(const __grid_constant__
     const int col = slice * kSlice + lane * kPerLane;
     float sum[kPerLane] = {};
     const float total =
-        add_entries<T, kVector>(p, p.first[segment], p.first[segment + 1], 1, col, sum);
+        add_entries<T, kVector>(p, p.first[segment], p.last[segment], 1, col, sum);
     add_to_output<Out, kVector>(p, segment, col, sum, total);
   }
 }
@@ -178,7 +178,7 @@ __global__ void __launch_bounds__(kThreads) heavy_kernel(const __grid_constant__
     const int col = slice * kSlice + lane * kPerLane;
     float sum[kPerLane] = {};
     const float total = add_entries<T, kVector>(
-        p, p.first[segment] + warp * kInFlight, p.first[segment + 1], kWarps, col, sum);
+        p, p.first[segment] + warp * kInFlight, p.last[segment], kWarps, col, sum);
 #pragma unroll
     for (int j = 0; j < kPerLane; ++j) sums[warp][j * 32 + lane] = sum[j];
     if (lane == 0) totals[warp] = total;
@@ -200,8 +200,8 @@ __global__ void __launch_bounds__(kThreads) heavy_kernel(const __grid_constant__
 cudaError_t partition(const GatherParams& p, void* workspace, size_t& bytes, cudaStream_t stream) {
   return cub::DevicePartition::If(
       workspace, bytes, thrust::counting_iterator<int32_t>(0), p.work, p.work + p.segments,
-      p.work + 2 * p.segments, p.work_counts, static_cast<int>(p.segments), IsHeavy{p.first},
-      IsLight{p.first}, stream);
+      p.work + 2 * p.segments, p.work_counts, static_cast<int>(p.segments), IsHeavy{p.first, p.last},
+      IsLight{p.first, p.last}, stream);
 }
 
 template <typename T, typename Out, bool kVector>

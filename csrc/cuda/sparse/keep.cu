@@ -1,6 +1,7 @@
 // From candidates to kept entries, once the lse is final: count, then write, one thread block a row block of 128 rows. An
 // entry is kept if its probability reaches the threshold; the target of a row always is, with its own logit. The place
-// inside a block's stretch is first come, first served: the sort that follows makes the order.
+// inside a block's stretch is first come, first served: the sort that follows makes the order. Between the two the ids that
+// many rows keep are chosen: entries of such hot ids are sorted to the end of their row and multiplied as a dense matrix.
 #include "cuda/common/epilogue.cuh"
 #include "cuda/sparse/lists.h"
 
@@ -61,8 +62,16 @@ __global__ void __launch_bounds__(kThreads) count_kernel(const __grid_constant__
   const bool exact = hopeless || found > p.candidates.capacity;
   int mine = 0;
   if (!exact) {
-    for (int i = threadIdx.x; i < found; i += kThreads) mine += read_entry(p, rows, i).keep;
-    if (threadIdx.x < kRows) mine += rows.target[threadIdx.x] >= 0;
+    for (int i = threadIdx.x; i < found; i += kThreads) {
+      const Entry e = read_entry(p, rows, i);
+      if (!e.keep) continue;
+      ++mine;
+      atomicAdd(p.column_counts + e.id, 1);
+    }
+    if (threadIdx.x < kRows && rows.target[threadIdx.x] >= 0) {
+      ++mine;
+      atomicAdd(p.column_counts + rows.target[threadIdx.x], 1);
+    }
   }
   mine = __reduce_add_sync(~0u, mine);
   if (threadIdx.x % 32 == 0) atomicAdd(&total, mine);
@@ -82,7 +91,8 @@ __global__ void __launch_bounds__(kThreads) write_kernel(const __grid_constant__
   const int64_t first = p.first[blockIdx.x], block = static_cast<int64_t>(blockIdx.x) * kRows;
   const auto write = [&](int row, int id, float logit) {
     const int64_t at = first + atomicAdd(&used, 1);
-    p.keys[at] = (block + row) << p.id_bits | id;
+    const int64_t hot = p.slots[id] >= 0;
+    p.keys[at] = ((block + row) << 1 | hot) << p.id_bits | id;
     p.logits[at] = logit;
   };
   const int found = p.candidates.counts[blockIdx.x];

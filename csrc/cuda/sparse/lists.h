@@ -37,13 +37,15 @@ struct KeepParams {
   const int64_t* targets = nullptr;     // (N,) by row
   int64_t n = 0, shard_size = 0;
   float eps = 0.0f;
-  int id_bits = 0;  // bits of an id in a key
+  int id_bits = 0;  // bits of an id in a key; one more says that it is a hot one
   core::LossOptions options;
   int32_t* kept = nullptr;   // (row blocks,): entries that count_kept finds, 0 in blocks that go the exact way
   uint8_t* exact = nullptr;  // (row blocks,): 1 where candidates overflowed or a bound lies above its lse
+  int32_t* column_counts = nullptr;  // (V,), by count_kept, must be zero: kept entries of each id
   // For write_kept:
+  const int32_t* slots = nullptr;  // (V,): number of a hot id, -1 for the others
   const int64_t* first = nullptr;  // (row blocks,): where a block's entries start
-  int64_t* keys = nullptr;         // (capacity,): position << id_bits | id
+  int64_t* keys = nullptr;         // (capacity,): (position, hot, id)
   float* logits = nullptr;         // (capacity,)
 };
 
@@ -63,6 +65,7 @@ struct MassParams {
   Partials partials;       // (splits, N) by position
   int splits_per_group = 1, splits = 0;
   const int32_t* first = nullptr;  // (N + 1,): where a position's entries start
+  const int32_t* hot = nullptr;    // (N,): where those of hot ids start
   const int32_t* ids = nullptr;    // (capacity,)
   const float* logits = nullptr;   // (capacity,)
   RowOrder order;
@@ -89,6 +92,12 @@ struct WeightParams {
   int64_t capacity = 0;
   core::LossOptions options;
   float* weights = nullptr;  // (capacity,): dloss/dproduct without the uniform part of label smoothing
+  // Weights of hot ids, divided by *unit, go into a dense matrix too; it must be zero.
+  Dtype dtype = Dtype::kBFloat16;
+  const int32_t* slots = nullptr;  // (V,)
+  void* dense = nullptr;           // (N, hot), of the dtype
+  int64_t hot = 0;
+  const float* unit = nullptr;  // (1,)
 };
 
 cudaError_t entry_weights(const WeightParams& params, cudaStream_t stream);
@@ -102,7 +111,8 @@ struct GatherParams {
   int64_t out_ld = 0;
   bool out_fp32 = false;               // out is float instead
   int width = 0;
-  const int32_t* first = nullptr;      // (segments + 1,)
+  const int32_t* first = nullptr;      // (segments,): where a segment's entries start
+  const int32_t* last = nullptr;       // (segments,): where they end
   const int32_t* items = nullptr;      // (capacity,)
   const float* weights = nullptr;      // (capacity,)
   const int32_t* order = nullptr;      // (capacity,): entry i is items[order[i]], weights[order[i]]; null: i

@@ -1,5 +1,8 @@
 // What was dropped, and what is kept in numbers: the dropped mass of each row and vocabulary group (one warp a row), and
 // the weight of each kept entry in the gradient (one thread an entry).
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
 #include "cuda/common/epilogue.cuh"
 #include "cuda/sparse/lists.h"
 
@@ -28,12 +31,11 @@ __device__ __forceinline__ float group_mass(const MassParams& p, int64_t positio
   return mass;
 }
 
-// A row's entries are sorted by id, so groups come one after another: lane l takes entry 32 i + l, a segmented scan adds
-// what belongs to one group, and its last lane takes that from the group's mass.
-__device__ void subtract_kept(const MassParams& p, int64_t position, float* mass, float lse2) {
+// Entries begin to end are sorted by id, so groups come one after another: lane l takes entry 32 i + l, a segmented scan
+// adds what belongs to one group, and its last lane takes that from the group's mass.
+__device__ void subtract_kept(const MassParams& p, int begin, int end, float* mass, float lse2) {
   const int lane = threadIdx.x % 32;
-  const int end = p.first[position + 1];
-  for (int base = p.first[position]; base < end; base += 32) {
+  for (int base = begin; base < end; base += 32) {
     const int i = base + lane;
     int group = -1;
     float kept = 0.0f;
@@ -63,7 +65,8 @@ __global__ void __launch_bounds__(kThreads) mass_kernel(const __grid_constant__ 
   const int lane = threadIdx.x % 32;
   for (int g = lane; g < p.groups; g += 32) mass[g] = group_mass(p, position, g, lse2);
   __syncwarp();
-  subtract_kept(p, position, mass, lse2);
+  subtract_kept(p, p.first[position], p.hot[position], mass, lse2);
+  subtract_kept(p, p.hot[position], p.first[position + 1], mass, lse2);
   for (int g = lane; g < p.groups; g += 32) {
     if (mass[g] < 0.0f) mass[g] = 0.0f;  // rounding; a NaN stays
   }
@@ -82,6 +85,14 @@ __global__ void __launch_bounds__(kThreads) weight_kernel(const __grid_constant_
     g *= capped(p.options, z) * static_cast<float>(p.options.logit_scale);
   }
   p.weights[i] = g;
+  const int slot = p.slots[p.ids[i]];
+  if (slot < 0) return;
+  const int64_t at = row * p.hot + slot;
+  const float share = g / *p.unit;
+  if (p.dtype == Dtype::kBFloat16)
+    static_cast<__nv_bfloat16*>(p.dense)[at] = __float2bfloat16_rn(share);
+  else
+    static_cast<__half*>(p.dense)[at] = __float2half_rn(share);
 }
 
 }  // namespace
