@@ -46,7 +46,7 @@ def llm_like(
     for share, boost, (low, high) in _KINDS.values():
         rows = torch.nonzero((kind >= start) & (kind < start + share))[:, 0]
         start += share
-        for part in rows.split(1024):
+        for part in rows.split(1024) if rows.numel() else ():
             m = part.shape[0]
             others = torch.multinomial(
                 frequency.sqrt(), m * _ALTERNATIVES, replacement=True, generator=g

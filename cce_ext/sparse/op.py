@@ -40,7 +40,9 @@ def refusal(c: Tensor, n: int, options: LossOptions, eps: float) -> str:
         return "label smoothing under a softcap is always exact"
     if eps < 2.0**-24:
         return "a threshold below 2^-24 is exact"
-    if c.stride(1) != 1 or c.stride(0) % 8 or c.storage_offset() % 8:
+    if n == 0:
+        return "there are no rows"
+    if c.stride(1) != 1 or c.stride(0) % 8:
         return "the rows of c do not lie one after another at multiples of 16 bytes"
     if vocab >= 2**25 or kept_capacity(n, vocab, eps) >= 2**31:
         return "the lists would be too long"

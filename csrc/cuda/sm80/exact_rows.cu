@@ -8,7 +8,7 @@ namespace {
 
 template <typename T, typename Config>
 cudaError_t run(ExactRowsParams p, cudaStream_t stream) {
-  const auto kernel = exact_rows_backward_mainloop<T, Config>;
+  const auto kernel = exact_rows_kernel<T, Config>;
   constexpr int kBytes = backward_shared_bytes<Config>();
   const cudaError_t error =
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);

@@ -5,7 +5,8 @@
 // out in turn). Products: sm80/product (tiles 128 x 256 of dE, dU, dC, dB, taken from a counter, long ones first; who
 // computes a tile does not matter to its sum). Shared memory: the pipeline and two sets of row records, used by both in
 // turn, and a few words that thread 0 fills. Barrier protocol: a grid barrier after each of the two phases; the counter is
-// cleared during the recompute. Numbers that another block may have written are read past the first-level cache.
+// cleared during the recompute. Registers: all of them; up to 40 bytes a thread are spilled, outside the loops over K. Numbers
+// that another block may have written are read past the first-level cache.
 #pragma once
 
 #include <cooperative_groups.h>
@@ -207,7 +208,7 @@ __device__ void set_plan(const ExactRowsParams& p, Plan<T>& plan, int row0, int 
 
 template <typename T, typename Config>
 __global__ void __launch_bounds__(Config::kThreads, 1)
-    exact_rows_backward_mainloop(const __grid_constant__ ExactRowsParams p) {
+    exact_rows_kernel(const __grid_constant__ ExactRowsParams p) {
   extern __shared__ __align__(128) uint8_t shared[];
   __shared__ Plan<T> plan;
   __shared__ int row0, col0;

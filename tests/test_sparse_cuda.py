@@ -1,0 +1,299 @@
+"""The sparse backward on a real GPU: against the reference in float64, against the truth, and its
+behaviour where lists overflow, calls are flat or numbers are not finite."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from bench.llm_data import llm_like
+from cce_ext import diagnostics, linear_cross_entropy
+from cce_ext.options import LossOptions
+from cce_ext.sparse import forward as sparse_forward
+from cce_ext.sparse.reference import sparse_gradients
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+EPS = 2.0**-13
+BF16, FP16 = torch.bfloat16, torch.float16
+
+
+def error(x: Tensor, truth: Tensor) -> float:
+    return ((x.double() - truth.double()).norm() / truth.double().norm().clamp(min=1e-30)).item()
+
+
+class Problem:
+    """LLM-like inputs with every option, and the gradients of Σ w nll + Σ x lse."""
+
+    def __init__(
+        self, n: int, v: int, d: int, dtype: torch.dtype = BF16, rank: int = 0, bias: bool = False,
+        ignored: float = 0.0, lse: bool = False, seed: int = 0, **options: float,
+    ) -> None:  # fmt: skip
+        g = torch.Generator("cuda").manual_seed(seed)
+        e, c, t = llm_like(n, v, d, dtype, "cuda", seed)
+        t[torch.rand(n, device="cuda", generator=g) < ignored] = -100
+
+        def normal(*shape: int, scale: float = 1.0) -> Tensor:
+            return torch.randn(*shape, device="cuda", generator=g) * scale
+
+        self.leaves = {"e": e, "c": c}
+        if bias:
+            self.leaves["bias"] = normal(v, scale=0.3)
+        if rank:
+            self.leaves["u"] = normal(n, rank).to(dtype)
+            self.leaves["lora_b"] = normal(v, rank, scale=0.3 / rank**0.5)
+        for name, leaf in self.leaves.items():
+            self.leaves[name] = leaf.requires_grad_()
+        self.targets = t
+        # Not uniform, of both signs, and not finite where it must not matter.
+        self.dnll = (1 + normal(n, scale=0.3)) / n
+        self.dnll[t == -100] = torch.nan
+        self.dlse = normal(n, scale=0.1 / n) if lse else None
+        self.options = LossOptions(**options)
+
+    def loss(self, **filters: object) -> tuple[Tensor, Tensor]:
+        """(nll, lse) by the op, sparse unless a filter says otherwise."""
+        t = self.leaves
+        o = self.options
+        eps = filters.get("eps", EPS)
+        op = torch.ops.cce.sparse_ce_forward
+        may = (filters.get("e_grad", True), filters.get("c_grad", True))
+        inputs = (t["e"], t["c"], self.targets, t.get("bias"), t.get("u"), t.get("lora_b"))
+        return op(*inputs, *o, 0, 0, False, eps, *may)[:2]
+
+    def gradients(self, **filters: object) -> dict[str, Tensor]:
+        nll, lse = self.loss(**filters)
+        outputs, upstream = [nll], [self.dnll]
+        if self.dlse is not None:
+            outputs.append(lse)
+            upstream.append(self.dlse)
+        names = list(self.leaves)
+        got = torch.autograd.grad(outputs, list(self.leaves.values()), upstream)
+        return dict(zip(names, got, strict=True))
+
+    def reference(self, eps: float = EPS, **limits: int):
+        t = {name: leaf.detach().double() for name, leaf in self.leaves.items()}
+        if "lora_b" in t:  # the kernels read B in e's dtype
+            t["lora_b"] = self.leaves["lora_b"].detach().to(self.leaves["e"].dtype).double()
+        dlse = None if self.dlse is None else self.dlse.double()
+        return sparse_gradients(
+            self.dnll.double(), dlse, t["e"], t["c"], self.targets, t.get("bias"), t.get("u"),
+            t.get("lora_b"), self.options, eps, **limits,
+        )  # fmt: skip
+
+
+def compare(problem: Problem, limit: float = 4e-3) -> None:
+    """Every gradient within 16-bit rounding of the reference's, which makes the same decisions."""
+    expected = problem.reference()
+    names = {"e": "de", "c": "dc", "bias": "dbias", "u": "du", "lora_b": "dlora_b"}
+    for name, got in problem.gradients().items():
+        assert torch.isfinite(got).all(), name
+        found = error(got, getattr(expected, names[name]))
+        assert found < limit, f"{name}: {found:.1e}"
+    facts = diagnostics()
+    assert facts["kept"] > 0
+    assert facts["exact_rows"] == int(expected.exact_rows.sum())
+    assert facts["dropped_share"] == pytest.approx(expected.dropped_share.item(), abs=2e-3)
+
+
+@pytest.fixture(autouse=True)
+def _recorded() -> None:
+    linear_cross_entropy(
+        torch.zeros(1, 8, device="cuda"), torch.zeros(3, 8, device="cuda"),
+        torch.zeros(1, device="cuda", dtype=torch.long),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("n", [1, 16, 64, 128, 129, 300, 1500])
+def test_rows(n: int) -> None:
+    compare(Problem(n, 20000, 256, seed=n), 6e-3 if n == 1 else 4e-3)
+
+
+@pytest.mark.parametrize("v", [16385, 16640, 20479, 20481, 40000])
+def test_vocabularies(v: int) -> None:
+    compare(Problem(400, v, 192, seed=v))
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP16], ids=str)
+def test_options(dtype: torch.dtype) -> None:
+    for seed, options in enumerate(
+        (
+            {"bias": True, "ignored": 0.4},
+            {"softcap": 30.0},
+            {"softcap": 30.0, "bias": True, "lse": True},
+            {"label_smoothing": 0.1, "ignored": 0.1},
+            {"label_smoothing": 0.1, "bias": True, "lse": True},
+            {"logit_scale": 0.9, "lse": True},
+            {"rank": 16},
+            {"rank": 100, "bias": True, "softcap": 40.0},
+            {"rank": 1, "label_smoothing": 0.1, "ignored": 0.9},
+        )
+    ):
+        compare(Problem(600, 20000, 256, dtype, seed=seed, **options))
+
+
+def test_hidden_sizes_that_are_no_multiple_of_a_tile() -> None:
+    for d in (8, 40, 264, 1000):
+        compare(Problem(300, 17000, d, seed=d), 6e-3)
+
+
+def test_overflowing_lists_go_the_exact_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Too few places for candidates, or for what is kept: those row blocks are exact, the others
+    sparse as before."""
+    problem = Problem(1000, 20000, 256, bias=True, rank=8, softcap=30.0)
+    exact = problem.reference(eps=0.0)
+    sparse = problem.gradients()
+    monkeypatch.setattr(sparse_forward, "candidate_capacity", lambda n, v, eps: 64 * 128)
+    got = problem.gradients()
+    assert diagnostics()["overflowed_blocks"] > 0
+    assert diagnostics()["exact_rows"] > 0
+    assert error(got["e"], exact.de) <= error(sparse["e"], exact.de) + 1e-4
+    assert error(got["c"], exact.dc) <= error(sparse["c"], exact.dc) + 1e-3
+    assert error(got["bias"], exact.dbias) < 5e-3
+    assert error(got["lora_b"], exact.dlora_b) < 1e-2
+    monkeypatch.undo()
+    monkeypatch.setattr(sparse_forward, "kept_capacity", lambda n, v, eps: 30000)
+    got = problem.gradients()
+    assert 0 < diagnostics()["exact_rows"] <= 1000
+    assert error(got["e"], exact.de) <= error(sparse["e"], exact.de) + 1e-4
+
+
+@pytest.mark.parametrize("kind", ["random", "zero", "softcap", "small"])
+def test_flat_calls_go_the_exact_way(kind: str) -> None:
+    n, v, d = 700, 30000, 128
+    e = torch.randn(n, d, device="cuda", dtype=BF16)
+    c = torch.randn(v, d, device="cuda", dtype=BF16) * {"random": 0.02, "zero": 0.0}.get(kind, 0.3)
+    t = torch.randint(v, (n,), device="cuda")
+    softcap = 2.0 if kind == "softcap" else None
+    if kind == "small":
+        e = e * 0.1
+    e, c = e.requires_grad_(), c.requires_grad_()
+
+    def gradients(eps: float | None) -> tuple[Tensor, ...]:
+        loss = linear_cross_entropy(e, c, t, softcap=softcap, filter_eps=eps)
+        return torch.autograd.grad(loss, (e, c))
+
+    got = gradients(EPS)
+    assert diagnostics()["exact_rows"] == n
+    for x, y in zip(got, gradients(None), strict=True):
+        assert error(x, y) < 3e-3 or kind == "zero"
+        assert torch.isfinite(x).all()
+
+
+def test_what_may_be_sparse() -> None:
+    problem = Problem(500, 20000, 256, bias=True, rank=8)
+    both, rows_only = problem.gradients(), problem.gradients(c_grad=False)
+    columns_only, none = (
+        problem.gradients(e_grad=False),
+        problem.gradients(e_grad=False, c_grad=False),
+    )
+    for name in ("e", "u"):
+        assert torch.equal(rows_only[name], both[name])
+        assert torch.equal(columns_only[name], none[name])
+    for name in ("c", "bias", "lora_b"):
+        assert torch.equal(columns_only[name], both[name])
+        assert torch.equal(rows_only[name], none[name])
+    assert not torch.equal(both["e"], none["e"])
+
+
+def test_twice_is_bitwise_the_same() -> None:
+    problem = Problem(1500, 40000, 256, rank=8, bias=True, ignored=0.2, softcap=30.0)
+    first = problem.gradients()
+    for _ in range(3):
+        for name, x in problem.gradients().items():
+            assert torch.equal(x, first[name]), name
+    nll, _ = problem.loss()
+    leaves = list(problem.leaves.values())
+    again = [torch.autograd.grad(nll, leaves, problem.dnll, retain_graph=True) for _ in range(2)]
+    for x, y in zip(*again, strict=True):
+        assert torch.equal(x, y)
+
+
+def test_nothing_waits_for_the_device() -> None:
+    problem = Problem(300, 20000, 128, bias=True, rank=4)
+    problem.gradients()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        problem.gradients()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_a_step_is_captured_in_a_graph() -> None:
+    problem = Problem(300, 20000, 128)
+    e, c = problem.leaves["e"], problem.leaves["c"]
+    t = problem.targets
+
+    def step() -> tuple[Tensor, ...]:
+        loss = linear_cross_entropy(e, c, t)
+        return (loss.detach(), *torch.autograd.grad(loss, (e, c)))
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    other = Problem(300, 20000, 128, seed=1, ignored=0.3)
+    for scale in (1.0, 0.05):  # sparse, then flat
+        with torch.no_grad():
+            e.copy_(other.leaves["e"] * scale)
+            c.copy_(other.leaves["c"])
+            t.copy_(other.targets)
+        graph.replay()
+        for got, expected in zip(captured, step(), strict=True):
+            assert torch.equal(got, expected)
+
+
+def test_nan_and_inf_reach_loss_and_gradients() -> None:
+    for value in (torch.nan, torch.inf):
+        problem = Problem(200, 20000, 64)
+        with torch.no_grad():
+            problem.leaves["e"][3, 5] = value
+        nll, _ = problem.loss()
+        got = problem.gradients()
+        assert not torch.isfinite(nll[3])
+        assert torch.isnan(got["e"][3]).any()
+        assert torch.isnan(got["c"]).any()
+
+
+def test_ignored_rows_are_exactly_zero() -> None:
+    problem = Problem(500, 20000, 128, ignored=0.9)
+    got = problem.gradients()
+    assert (got["e"][problem.targets == -100] == 0).all()
+    problem.targets[:] = -100
+    problem.dnll[:] = 1.0
+    for x in problem.gradients().values():
+        assert (x == 0).all()
+
+
+def test_no_rows() -> None:
+    e = torch.zeros(0, 64, device="cuda", dtype=BF16, requires_grad=True)
+    c = torch.randn(20000, 64, device="cuda", dtype=BF16, requires_grad=True)
+    loss = linear_cross_entropy(e, c, torch.zeros(0, device="cuda", dtype=torch.long))
+    de, dc = torch.autograd.grad(loss, (e, c))
+    assert loss == 0
+    assert de.shape == (0, 64)
+    assert (dc == 0).all()
+
+
+def test_compile_and_autocast() -> None:
+    problem = Problem(300, 20000, 128)
+    e, c, t = problem.leaves["e"], problem.leaves["c"], problem.targets
+
+    def step(e: Tensor, c: Tensor) -> Tensor:
+        return linear_cross_entropy(e, c, t)
+
+    expected = torch.autograd.grad(step(e, c), (e, c))
+    got = torch.autograd.grad(torch.compile(step, fullgraph=True)(e, c), (e, c))
+    for x, y in zip(got, expected, strict=True):
+        assert error(x, y) < 1e-3
+    wide_e, wide_c = (x.detach().float().requires_grad_() for x in (e, c))
+    with torch.autocast("cuda", dtype=BF16):
+        loss = step(wide_e, wide_c)
+    assert diagnostics()["exact"] == ""
+    for x, y in zip(torch.autograd.grad(loss, (wide_e, wide_c)), expected, strict=True):
+        assert x.dtype == torch.float32
+        assert error(x, y) < 1e-3
