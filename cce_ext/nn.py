@@ -125,15 +125,25 @@ class LinearCrossEntropyHead(nn.Module):
     def from_linear(cls, linear: nn.Linear, **arguments: Any) -> LinearCrossEntropyHead:
         """A head that has ``linear``'s own parameters, tied ones too; ``arguments`` are those of the
         class."""
-        where = {"device": linear.weight.device, "dtype": linear.weight.dtype}
+        weight, bias = linear.weight, linear.bias
+        # On the meta device first, so that no second classifier is made only to be replaced.
         head = cls(
-            linear.in_features, linear.out_features, linear.bias is not None, **where, **arguments
+            *reversed(weight.shape),
+            bias is not None,
+            device="meta",
+            dtype=weight.dtype,
+            **arguments,
         )
-        frozen = head.lora_a is not None
-        head.weight, head.bias = linear.weight, linear.bias
-        for parameter in (head.weight, head.bias):
-            if parameter is not None and frozen:
+        head.weight, head.bias = weight, bias
+        if head.lora_a is None:
+            return head
+        for parameter in (weight, bias):
+            if parameter is not None:
                 parameter.requires_grad_(False)
+        for name in ("lora_a", "lora_b"):
+            empty = torch.empty_like(getattr(head, name), device=weight.device)
+            setattr(head, name, nn.Parameter(empty))
+        head._reset_update()
         return head
 
     def reset_parameters(self) -> None:
@@ -143,8 +153,12 @@ class LinearCrossEntropyHead(nn.Module):
         if self.bias is not None:
             nn.init.uniform_(self.bias, -bound, bound)
         if self.lora_a is not None:
-            nn.init.uniform_(self.lora_a, -bound, bound)
-            nn.init.zeros_(self.lora_b)
+            self._reset_update()
+
+    def _reset_update(self) -> None:
+        bound = 1 / math.sqrt(self.lora_a.shape[1])
+        nn.init.uniform_(self.lora_a, -bound, bound)
+        nn.init.zeros_(self.lora_b)
 
     def forward(
         self, e: Tensor, targets: Tensor | None = None, num_items: int | Tensor | None = None

@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor
 
 from cce_ext import VocabParallelOptions, linear_cross_entropy
+from tests.ranks import run_ranks
 
 N, V, D, R = 17, 53, 12, 3
 OPTIONS: list[dict[str, Any]] = [
@@ -61,9 +61,7 @@ def bounds(world: int, uneven: bool) -> list[int]:
     return [rank * each + min(rank, extra) for rank in range(world + 1)]
 
 
-def worker(rank: int, world: int, store: str, uneven: bool) -> None:
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
-    torch.set_num_threads(1)
+def worker(rank: int, world: int, uneven: bool) -> None:
     for options in OPTIONS:
         leaves, targets = problem(options)
         loss, lse, truth = loss_and_gradients(leaves, targets, options)
@@ -86,15 +84,12 @@ def worker(rank: int, world: int, store: str, uneven: bool) -> None:
             expected = truth[name][mine] if name in sharded else truth[name]
             error = (gradient - expected).norm() / truth[name].norm().clamp(min=1)
             assert error < 1e-5, f"{options}: d{name} is off by {error:.1e}"
-    dist.destroy_process_group()
 
 
 @pytest.mark.parametrize("uneven", [False, True], ids=["even", "uneven"])
 @pytest.mark.parametrize("world", [2, 4])
 def test_sharded_equals_whole(world: int, uneven: bool, tmp_path: Path) -> None:
-    mp.start_processes(
-        worker, (world, str(tmp_path / "store"), uneven), nprocs=world, start_method="spawn"
-    )
+    run_ranks(worker, world, tmp_path, uneven)
 
 
 def test_wrong_shards_are_named() -> None:

@@ -59,6 +59,7 @@ class _Facts(NamedTuple):
     alike: tuple[int, ...]  # _FIELDS without the checksum
     device: torch.device
     group: dist.ProcessGroup
+    waits: bool  # whether comparing waits for a GPU
 
 
 # (group, shard, facts) -> vocabulary, where asking waits for a GPU. All ranks see the same calls,
@@ -82,7 +83,7 @@ def agree(
         ValueError: on every rank, if the ranks disagree or their shards do not make one vocabulary.
     """
     facts = _facts(parallel, options, reduction, e, targets, bias, adapters)
-    if facts.device.type == "cpu":
+    if not facts.waits:
         return _compare(facts, targets, parallel.vocab_size)
     # vocab_size is no part of the key: it may be known to one rank from an earlier call.
     key = (facts.group.group_name, facts.shard, facts.alike)
@@ -113,9 +114,9 @@ def _facts(
         int(parallel.reduce_e_grad),
         sum(need << i for i, need in enumerate(gradients)),
     )
-    on_cpu = "cpu:" in dist.get_backend_config(group)
-    device = torch.device("cpu") if on_cpu else targets.device
-    return _Facts((parallel.start, parallel.stop), alike, device, group)
+    waits = "cpu:" not in dist.get_backend_config(group)
+    device = targets.device if waits else torch.device("cpu")
+    return _Facts((parallel.start, parallel.stop), alike, device, group, waits)
 
 
 def _compare(facts: _Facts, targets: Tensor, vocab_size: int | None) -> int:
@@ -161,7 +162,7 @@ def _vocabulary(said: list[list[int]]) -> int:
 
 
 def _who(values: list[str]) -> str:
-    """'34 on rank 0, 2; 30 on rank 1', ranks as the group numbers them."""
+    """'34 on rank 0, 2; 30 on rank 1', with the ranks' numbers in the group."""
     ranks: dict[str, list[str]] = {}
     for rank, value in enumerate(values):
         ranks.setdefault(value, []).append(str(rank))
