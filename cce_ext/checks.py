@@ -21,6 +21,10 @@ _DTENSOR_INPUT_MESSAGE = (
     "{name}.to_local() if it is Replicate(), otherwise {name}.redistribute(placements=[Replicate()])"
     ".to_local(grad_placements=[Partial()]) with reduce_e_grad=False in vocab_parallel_options."
 )
+_ZERO3_HINT = (
+    ", the rest of it being on other ranks (DeepSpeed ZeRO-3). Call linear_cross_entropy inside the "
+    "head module's own forward, where it is gathered"
+)
 _REDUCTIONS = ("mean", "sum", "none")
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
@@ -141,6 +145,7 @@ def _check_matrix(name: str, t: Tensor, shape: str, columns: int, e: Tensor) -> 
     if t.dim() != 2 or t.shape[1] != columns:
         raise ValueError(
             f"{name} must have shape {shape} with D = {columns}, e's last dimension; got {_shape(t)}"
+            f"{_ZERO3_HINT if hasattr(t, 'ds_id') else ''}"
         )
     _check_like(name, t, e)
 
