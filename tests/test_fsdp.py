@@ -203,6 +203,89 @@ def sequence_parallel(rank: int, world: int) -> None:
         check(gradients(model), expected)
 
 
+class LoraLinear(nn.Module):
+    """A LoRA layer with PEFT's attributes, base and B sharded over the vocabulary."""
+
+    def __init__(self, mesh: DeviceMesh, a: Tensor) -> None:
+        super().__init__()
+        model = Model("lora")
+        shard_head(model.head, mesh)
+        self.base_layer = nn.Linear(D, V, bias=False)
+        self.lora_A = nn.ModuleDict({"default": nn.Linear(D, R, bias=False)})
+        self.lora_B = nn.ModuleDict({"default": nn.Linear(R, V, bias=False)})
+        self.base_layer.weight = model.head.weight
+        self.lora_A["default"].weight = nn.Parameter(a)
+        self.lora_B["default"].weight = model.head.lora_b
+        self.scaling, self.active_adapters = {"default": 2.0}, ["default"]
+
+
+def placements(rank: int, world: int) -> None:
+    """A LoRA layer given as a module, and what the errors say of placements that do not serve."""
+    mesh = init_device_mesh("cpu", (world,))
+    loss, expected = truth("lora")
+    model = Model("lora")
+    x, targets = problem("lora")
+    h = torch.tanh(model.trunk(x))
+    for a in (
+        model.head.lora_a.detach(),
+        distribute_tensor(model.head.lora_a, mesh, [Replicate()]),
+    ):
+        layer = LoraLinear(mesh, a.detach())
+        parallel = VocabParallelOptions.from_dtensor(layer.base_layer.weight)
+        assert (parallel.start, parallel.stop) == ((0, 27) if rank == 0 else (27, V))
+        found = linear_cross_entropy(h.detach(), layer, targets, vocab_parallel_options=parallel)
+        found.backward()
+        equal(found, loss)
+        names = {"lora_A.default.weight": "head.lora_a", "lora_B.default.weight": "head.lora_b"}
+        found_gradients = {names[name]: g for name, g in gradients(layer).items()}
+        check(found_gradients, {name: expected[name] for name in names.values()})
+
+    weight = distribute_tensor(torch.randn(V, D), mesh, [Shard(0)])
+    a, b = distribute_tensor(torch.randn(world, D), mesh, [Shard(0)]), torch.randn(V, world)
+    parallel = VocabParallelOptions.from_dtensor(weight)
+    b = b[parallel.start : parallel.stop]
+    with pytest.raises(ValueError, match=r"lora_a must be a plain tensor or .* Replicate\(\)"):
+        linear_cross_entropy(
+            x, weight, targets, lora_a=a, lora_b=b, vocab_parallel_options=parallel
+        )
+    columns = distribute_tensor(torch.randn(V, D), mesh, [Shard(1)])
+    with pytest.raises(ValueError, match=r"c must be Shard\(0\) on a one-dimensional mesh"):
+        linear_cross_entropy(x, columns, targets, vocab_parallel_options=parallel)
+    flat = init_device_mesh("cpu", (1, world), mesh_dim_names=("data", "tensor"))
+    both = distribute_tensor(torch.randn(V, D), flat, [Shard(0), Shard(0)])
+    for wrong in (columns, both):
+        with pytest.raises(ValueError, match=r"weight must be Shard\(0\).*head's own forward"):
+            VocabParallelOptions.from_dtensor(wrong)
+    with pytest.raises(TypeError, match="weight must be a DTensor, got Tensor.*from_vocab"):
+        VocabParallelOptions.from_dtensor(torch.randn(V, D))
+    head = LinearCrossEntropyHead(D, V)
+    shard_head(head, mesh)
+    with pytest.raises(ValueError, match="targets must be given: the head is sharded"):
+        head(x)
+
+
+def test_placements(tmp_path: Path) -> None:
+    run_ranks(placements, 2, tmp_path)
+
+
+def compiled(rank: int, world: int) -> None:
+    """torch.compile over a model with a tensor-parallel head, in one graph."""
+    mesh = init_device_mesh("cpu", (world,))
+    for kind in ("trained", "lora"):
+        torch._dynamo.reset()
+        loss, expected = truth(kind)
+        model = Model(kind)
+        shard_head(model.head, mesh)
+        found = torch.compile(model, fullgraph=True, backend="aot_eager")(*problem(kind))
+        found.backward()
+        equal(found, loss)
+        check(gradients(model), expected)
+
+
+def test_compiled(tmp_path: Path) -> None:
+    run_ranks(compiled, 2, tmp_path)
+
+
 @pytest.mark.parametrize("worker", [fsdp, tensor_parallel, data_parallel, sequence_parallel])
 @pytest.mark.parametrize("world", [2, 4])
 def test_equals_one_process(worker: Any, world: int, tmp_path: Path) -> None:

@@ -92,6 +92,54 @@ def test_sharded_equals_whole(world: int, uneven: bool, tmp_path: Path) -> None:
     run_ranks(worker, world, tmp_path, uneven)
 
 
+def compiled(rank: int, world: int) -> None:
+    """One graph without a break, collectives included, equals the same call without torch.compile."""
+    for options in OPTIONS[1:4]:
+        torch._dynamo.reset()
+        leaves, targets = problem(options)
+        parallel = VocabParallelOptions.from_vocab(V)
+        mine = slice(parallel.start, parallel.stop)
+        leaves = {k: t if k in ("e", "lora_a") else t[mine] for k, t in leaves.items()}
+        names = [name for name in leaves if name not in ("e", "c")]
+        arguments = {k: v for k, v in options.items() if k not in ("bias", "rank", "reduce_e_grad")}
+
+        def loss_of(
+            e: Tensor, c: Tensor, *rest: Tensor, names=names, arguments=arguments, **fixed: Any
+        ) -> Tensor:
+            named = dict(zip(names, rest, strict=True))
+            e = torch.tanh(e)  # something of the caller's in the same graph
+            return linear_cross_entropy(e, c, **fixed, **named, **arguments).sum()
+
+        results = []
+        for run in (loss_of, torch.compile(loss_of, fullgraph=True, backend="aot_eager")):
+            trained = [t.clone().requires_grad_() for t in leaves.values()]
+            loss = run(*trained, targets=targets, vocab_parallel_options=parallel)
+            results.append((loss.detach(), *torch.autograd.grad(loss, trained)))
+        torch.testing.assert_close(results[1], results[0], rtol=1e-6, atol=1e-6)
+
+
+def test_compiled(tmp_path: Path) -> None:
+    run_ranks(compiled, 2, tmp_path)
+
+
+def whole_found(rank: int, world: int) -> None:
+    """Without a check and without vocab_size the vocabulary is found all the same, once."""
+    leaves, targets = problem({})
+    truth = linear_cross_entropy(leaves["e"], leaves["c"], targets)
+    mine = slice(0, 20) if rank == 0 else slice(20, V)
+    parallel = VocabParallelOptions(mine.start, mine.stop, check=False)
+    for _ in range(2):
+        loss = linear_cross_entropy(
+            leaves["e"], leaves["c"][mine], targets, vocab_parallel_options=parallel
+        )
+        torch.testing.assert_close(loss, truth)
+    assert parallel.vocab_size == V
+
+
+def test_unchecked(tmp_path: Path) -> None:
+    run_ranks(whole_found, 2, tmp_path)
+
+
 def test_wrong_shards_are_named() -> None:
     e, c, t = torch.randn(4, D), torch.randn(V, D), torch.randint(V, (4,))
     parallel = VocabParallelOptions(0, V - 1)
