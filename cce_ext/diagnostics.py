@@ -20,8 +20,8 @@ def record(**facts: Any) -> None:
 
 def diagnostics() -> dict[str, Any]:
     """Facts of the last call: path (compiled, blocked, triton, reference, torch_compile,
-    vocab_parallel or module), reason (why not the compiled path; empty if it was), device, dtype, shape (N, V, D, R) and
-    filter (the resolved threshold and what it may filter; the backward is exact on every device
-    today). Empty before the first call and for compiled callers.
+    vocab_parallel or module), reason (why not the compiled path; empty if it was), device, dtype,
+    shape (N, V, D, R) and filter (the resolved threshold and what it may filter; the backward is
+    exact on every device today). Empty before the first call and for compiled callers.
     """
     return dict(_last)

@@ -115,10 +115,11 @@ class LinearCrossEntropyHead(nn.Module):
         def empty(*shape: int, trained: bool = True) -> nn.Parameter:
             return nn.Parameter(torch.empty(shape, device=device, dtype=dtype), trained)
 
-        self.weight = empty(out_features, in_features, trained=rank == 0)
-        self.bias = empty(out_features, trained=rank == 0) if bias else None
-        self.lora_a = empty(rank, in_features) if rank else None
-        self.lora_b = empty(out_features, rank) if rank else None
+        frozen = rank > 0
+        self.weight = empty(out_features, in_features, trained=not frozen)
+        self.register_parameter("bias", empty(out_features, trained=not frozen) if bias else None)
+        self.register_parameter("lora_a", empty(rank, in_features) if rank else None)
+        self.register_parameter("lora_b", empty(out_features, rank) if rank else None)
         self.reset_parameters()
 
     @classmethod
@@ -161,7 +162,7 @@ class LinearCrossEntropyHead(nn.Module):
         nn.init.zeros_(self.lora_b)
 
     def forward(
-        self, e: Tensor, targets: Tensor | None = None, num_items: int | Tensor | None = None
+        self, e: Tensor, targets: Tensor | None = None, num_items: float | Tensor | None = None
     ) -> Tensor | tuple:
         """The loss of hidden states e (..., D), as :func:`cce_ext.linear_cross_entropy` returns it.
         Without targets the logits (..., V), float32, stored: for generation.

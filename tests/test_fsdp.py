@@ -134,6 +134,10 @@ def fsdp(rank: int, world: int) -> None:
         x, targets, items = my_tokens(kind, rank, world)
         with pytest.raises(TypeError, match="c is a torch.distributed.tensor.DTensor.*own forward"):
             linear_cross_entropy(x, next(model.head.parameters()), targets)
+        if kind == "trained":  # FSDP2's own shards are not a vocabulary-parallel head
+            parallel = VocabParallelOptions.from_dtensor(model.head.weight)
+            with pytest.raises(ValueError, match="disagree on the targets"):
+                linear_cross_entropy(x, model.head.weight, targets, vocab_parallel_options=parallel)
         found = model(x, targets, items)
         found.backward()
         equal(mean_over(found), loss)
