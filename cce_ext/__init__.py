@@ -7,7 +7,7 @@ from cce_ext.diagnostics import diagnostics
 from cce_ext.distributed import VocabParallelOptions
 from cce_ext.functional import TokenMetrics, linear_cross_entropy
 from cce_ext.info import Backend, backends, build_info
-from cce_ext.nn import LinearCrossEntropy
+from cce_ext.nn import LinearCrossEntropy, LinearCrossEntropyHead
 from cce_ext.options import LinearCrossEntropyImpl
 from cce_ext.utils import compute_z_loss
 
@@ -16,6 +16,7 @@ _ops.register()
 __all__ = [
     "Backend",
     "LinearCrossEntropy",
+    "LinearCrossEntropyHead",
     "LinearCrossEntropyImpl",
     "TokenMetrics",
     "VocabParallelOptions",

@@ -11,10 +11,19 @@ from torch import Tensor
 from cce_ext.options import LossOptions
 
 _DTENSOR_MESSAGE = (
-    "{name} is a torch.distributed.tensor.DTensor, which linear_cross_entropy cannot take from "
-    "outside the head. Call it inside the head module's own forward, where FSDP2 and tensor "
-    "parallelism have already gathered or localised the weight, or pass {name}.to_local() together "
-    "with vocab_parallel_options for a classifier sharded over the vocabulary."
+    "{name} is a torch.distributed.tensor.DTensor, which linear_cross_entropy cannot take as it is. "
+    "Call it inside the head module's own forward, where FSDP2 has already gathered the weight; for "
+    "a head that tensor parallelism shards over the vocabulary, also pass vocab_parallel_options="
+    "VocabParallelOptions.from_dtensor(weight) there, or {name}.to_local() with options of your own."
+)
+_DTENSOR_INPUT_MESSAGE = (
+    "{name} is a torch.distributed.tensor.DTensor; pass a plain tensor, whole on every rank: "
+    "{name}.to_local() if it is Replicate(), otherwise {name}.redistribute(placements=[Replicate()])"
+    ".to_local(grad_placements=[Partial()]) with reduce_e_grad=False in vocab_parallel_options."
+)
+_ZERO3_HINT = (
+    ", the rest of it being on other ranks (DeepSpeed ZeRO-3). Call linear_cross_entropy inside the "
+    "head module's own forward, where it is gathered"
 )
 _REDUCTIONS = ("mean", "sum", "none")
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
@@ -24,8 +33,9 @@ def _shape(t: Tensor) -> str:
     return str(tuple(t.shape))
 
 
-def _is_dtensor(t: Any) -> bool:
-    # By name, so that torch.distributed is not imported for everybody.
+def is_dtensor(t: Any) -> bool:
+    """Whether t is a DTensor; by name, so that torch.distributed.tensor is not imported for
+    everybody."""
     return any(base.__name__ == "DTensor" for base in type(t).__mro__[:-1])
 
 
@@ -89,8 +99,9 @@ def check_tensors(e: Any, c: Any, targets: Any, bias: Tensor | None) -> None:
             continue
         if not isinstance(t, Tensor):
             raise TypeError(f"{name} must be a Tensor, got {type(t).__name__}")
-        if _is_dtensor(t):
-            raise TypeError(_DTENSOR_MESSAGE.format(name=name))
+        if is_dtensor(t):
+            message = _DTENSOR_INPUT_MESSAGE if name in ("e", "targets") else _DTENSOR_MESSAGE
+            raise TypeError(message.format(name=name))
     if e.dim() < 1 or not e.is_floating_point():
         raise (ValueError if e.is_floating_point() else TypeError)(
             f"e must be a floating-point tensor of shape (..., D), got {e.dtype} of shape {_shape(e)}"
@@ -120,7 +131,7 @@ def check_low_rank(e: Tensor, c: Tensor, lora_a: Any, lora_b: Any, lora_scale: A
     for name, t in (("lora_a", lora_a), ("lora_b", lora_b)):
         if not isinstance(t, Tensor):
             raise TypeError(f"{name} must be a Tensor, got {type(t).__name__}")
-        if _is_dtensor(t):
+        if is_dtensor(t):
             raise TypeError(_DTENSOR_MESSAGE.format(name=name))
     _check_matrix("lora_a", lora_a, "(R, D)", e.shape[-1], e)
     expected = (c.shape[0], lora_a.shape[0])
@@ -134,6 +145,7 @@ def _check_matrix(name: str, t: Tensor, shape: str, columns: int, e: Tensor) -> 
     if t.dim() != 2 or t.shape[1] != columns:
         raise ValueError(
             f"{name} must have shape {shape} with D = {columns}, e's last dimension; got {_shape(t)}"
+            f"{_ZERO3_HINT if hasattr(t, 'ds_id') else ''}"
         )
     _check_like(name, t, e)
 

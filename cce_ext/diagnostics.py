@@ -28,10 +28,15 @@ def record_backward(tally: Tensor, dropped_share: Tensor, exact: Tensor) -> None
 
 
 def diagnostics() -> dict[str, Any]:
-    """Facts of the last call: path (compiled, blocked, triton, reference, torch_compile or module),
-    reason (why not the compiled path; empty for that path and for triton), device, dtype, shape (N,
-    V, D, R) and filter (the resolved threshold and what it may filter; the backward is exact on
-    every device today). Empty before the first call and for compiled callers.
+    """Facts of the last call: path (compiled, blocked, triton, reference, torch_compile,
+    vocab_parallel or module), reason (why not the compiled path; empty for that path and for
+    triton), device, dtype, shape (N, V, D, R), filter (the resolved threshold and what it may
+    filter) and, for compiled kernels on a GPU, exact (why the backward is exact; empty where it is
+    sparse). Empty before the first call and for compiled callers.
+
+    After a sparse backward also: candidates and kept (entries), dropped_share (of the probability
+    mass), row_blocks and overflowed_blocks (of 128 rows), exact_rows (rows that took the exact
+    way). Only asking for them waits for the device.
     """
     facts = dict(_last)
     if _sparse:

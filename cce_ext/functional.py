@@ -13,6 +13,8 @@ from cce_ext import checks, info, triton
 from cce_ext.compiled import compiled_statistics
 from cce_ext.constants import IGNORE_INDEX
 from cce_ext.diagnostics import record
+from cce_ext.distributed.agreement import agree
+from cce_ext.distributed.dtensor import local_arguments, local_head
 from cce_ext.distributed.vocab_parallel import VocabParallelOptions, reduce_gradient, sharded_loss
 from cce_ext.heads import Adapter, Head, low_rank_update, resolve_head
 from cce_ext.options import (
@@ -105,7 +107,8 @@ def linear_cross_entropy(
             kernels to compare with, exact whatever the filter options say; not for float64),
             "torch_compile" or "reference" (both store logits).
         vocab_parallel_options: this rank holds rows [start, stop) of the classifier (and of bias
-            and lora_b).
+            and lora_b), as plain tensors or as DTensors that are Shard(0); every rank of the group
+            must be given the same tokens (docs/distributed.md).
         lora_a: (R, D), any floating dtype and strides. lora_b: (V, R). lora_scale: factor of the
             update.
         logit_scale: factor of the logits, before the softcap.
@@ -128,7 +131,8 @@ def linear_cross_entropy(
     checks.check_reduction(reduction)
     name = implementation_name(impl)
     options = checks.check_options(ignore_index, softcap, logit_scale, label_smoothing)
-    head = _head(e, c, bias, lora_a, lora_b, lora_scale)
+    sharded = vocab_parallel_options is not None
+    head = _head(e, c, bias, lora_a, lora_b, lora_scale, sharded)
     weight, bias = head.weight, head.bias
     if not head.fallback:
         checks.check_tensors(e, weight, targets, bias)
@@ -159,7 +163,7 @@ def linear_cross_entropy(
     )
     if vocab_parallel_options is not None:
         stats = _parallel_rows(
-            name, flat_e, head, flat_targets, options, vocab_parallel_options, facts
+            name, flat_e, head, flat_targets, options, reduction, vocab_parallel_options, facts
         )
     else:
         stats = _rows(name, flat_e, head, flat_targets, options, return_metrics, facts)
@@ -183,15 +187,19 @@ def _head(
     lora_a: Tensor | None,
     lora_b: Tensor | None,
     lora_scale: float,
+    sharded: bool,
 ) -> Head:
-    """``c`` as tensors, with an explicit bias and low-rank update joined to it."""
+    """``c`` as tensors, with an explicit bias and low-rank update joined to it; of a sharded head,
+    this rank's."""
+    if sharded:
+        c, bias, lora_a, lora_b = local_arguments(c, bias, lora_a, lora_b)
     if not isinstance(c, nn.Module):
         checks.check_tensors(
             e, c, e.new_empty(e.shape[:-1], dtype=torch.int64) if isinstance(e, Tensor) else e, bias
         )
         scale = checks.check_low_rank(e, c, lora_a, lora_b, lora_scale)
         return Head(c, bias, () if lora_a is None else (Adapter(lora_a, lora_b, scale),))
-    head = resolve_head(c)
+    head = local_head(resolve_head(c)) if sharded else resolve_head(c)
     if bias is not None:
         raise ValueError("bias must be None when c is a module: the module's own bias is used")
     if lora_a is None and lora_b is None:
@@ -334,20 +342,22 @@ def _parallel_rows(
     head: Head,
     targets: Tensor,
     options: LossOptions,
+    reduction: str,
     parallel: VocabParallelOptions,
     facts: dict[str, Any],
 ) -> RowStatistics:
-    """nll and lse over all shards. A is replicated, B sharded like c: dU, or with
-    reduce_e_grad=False dA, is summed too."""
-    total = parallel.whole_vocab(e.device)
+    """nll and lse over all shards. A is replicated, B sharded like c."""
+    if parallel.check and not torch.compiler.is_compiling():
+        total = agree(parallel, options, reduction, e, targets, head.bias, head.adapters)
+    else:
+        total = parallel.whole_vocab(e.device)
     checks.check_target_range(targets, total, options.ignore_index)
-    adapters = head.adapters
-    if not parallel.reduce_e_grad:
-        adapters = tuple(a._replace(a=reduce_gradient(a.a, parallel)) for a in adapters)
-    u, b = low_rank_update(e, adapters)
+    # Before U is made of them: what reaches e and A through U is a part of this rank's, and is
+    # summed with the rest. dA (R, D) is less to sum than dU (N, R).
     if parallel.reduce_e_grad:
         e = reduce_gradient(e, parallel)
-        u = None if u is None else reduce_gradient(u, parallel)
+    adapters = tuple(a._replace(a=reduce_gradient(a.a, parallel)) for a in head.adapters)
+    u, b = low_rank_update(e, adapters)
     pair, reason = _pair(name, e)
     record(path="vocab_parallel", reason=reason, **facts)
     ops = tuple(getattr(torch.ops.cce, f"{pair}_{half}") for half in ("forward", "backward"))

@@ -1,10 +1,10 @@
 """Vocabulary parallelism: every rank holds some rows of the classifier and all tokens; every rank
 gets the same loss.
 
-Method: each rank's logsumexp and target logit come from its own shard; the global logsumexp is that
-of the ranks' (max all-reduce, then sum), the target logit the sum over ranks, of which one holds
-it. The backward of a shard is the ordinary one with the global logsumexp, and the hidden states'
-gradient is summed over the ranks in float32.
+Method: each rank's logsumexp and target logit come from its own shard; one all-gather shows them to
+all ranks, which take the logsumexp over the ranks and the sum of the target logits, of which one
+rank holds each. The backward of a shard is the ordinary one with the global logsumexp, and the
+hidden states' gradient is summed over the ranks in float32.
 """
 
 from __future__ import annotations
@@ -17,8 +17,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from cce_ext.distributed.dtensor import shard_of
 from cce_ext.options import LossOptions
 from cce_ext.reference import RowStatistics
+
+# Renamed in PyTorch 2.13, whose old name warns.
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 
 @dataclass
@@ -31,7 +35,12 @@ class VocabParallelOptions:
         group: the process group whose ranks hold the shards; None: the default group.
         reduce_e_grad: all-reduce the hidden states' gradient over the group (False where the
             caller's framework does it).
-        vocab_size: size of the whole vocabulary; None: found by one all-reduce at the first use.
+        vocab_size: size of the whole vocabulary; None: found at the first use.
+        check: compare what the ranks are about to compute before they do, so that a rank that
+            disagrees is an error on all of them and not a wait. Over a group that also takes CPU
+            tensors (gloo, or "cpu:gloo,cuda:nccl") at each call, without waiting for a GPU; over
+            NCCL alone at the first call of each shape and options, which waits for the GPU. Inside
+            torch.compile nothing is compared.
     """
 
     start: int
@@ -39,17 +48,37 @@ class VocabParallelOptions:
     group: dist.ProcessGroup | None = None
     reduce_e_grad: bool = True
     vocab_size: int | None = None
+    check: bool = True
 
     @classmethod
     def from_vocab(
-        cls, vocab_size: int, group: dist.ProcessGroup | None = None, reduce_e_grad: bool = True
+        cls,
+        vocab_size: int,
+        group: dist.ProcessGroup | None = None,
+        reduce_e_grad: bool = True,
+        check: bool = True,
     ) -> VocabParallelOptions:
         """An even split of ``vocab_size`` ids over the group's ranks; the first ranks get one more
         where it is uneven."""
         rank, world = dist.get_rank(group), dist.get_world_size(group)
         each, extra = divmod(vocab_size, world)
         start = rank * each + min(rank, extra)
-        return cls(start, start + each + (rank < extra), group, reduce_e_grad, vocab_size)
+        return cls(start, start + each + (rank < extra), group, reduce_e_grad, vocab_size, check)
+
+    @classmethod
+    def from_dtensor(
+        cls, weight: Tensor, reduce_e_grad: bool = True, check: bool = True
+    ) -> VocabParallelOptions:
+        """The split of a DTensor classifier (V, D) that is Shard(0) on a one-dimensional mesh, as
+        tensor parallelism leaves it. Every rank of that mesh must hold the same tokens: call it
+        inside the head's forward, where FSDP2 has gathered its own dimension of the mesh.
+
+        Raises:
+            TypeError: weight is not a DTensor.
+            ValueError: another placement, or a mesh of more than one dimension.
+        """
+        shard = shard_of(weight)
+        return cls(shard.start, shard.stop, shard.group, reduce_e_grad, shard.rows, check)
 
     def whole_vocab(self, device: torch.device) -> int:
         """Size of the whole vocabulary: the largest ``stop`` of the group."""
@@ -58,12 +87,6 @@ class VocabParallelOptions:
             dist.all_reduce(stop, op=dist.ReduceOp.MAX, group=self.group)
             self.vocab_size = int(stop)
         return self.vocab_size
-
-
-def _sum_over_ranks(t: Tensor, group: dist.ProcessGroup | None) -> Tensor:
-    t = t.contiguous()
-    dist.all_reduce(t, group=group)
-    return t
 
 
 class _ReduceGradient(torch.autograd.Function):
@@ -76,8 +99,12 @@ class _ReduceGradient(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        acc = grad.to(torch.promote_types(grad.dtype, torch.float32), copy=True)
-        return _sum_over_ranks(acc, ctx.group).to(grad.dtype), None
+        acc = torch.empty(
+            grad.shape, dtype=torch.promote_types(grad.dtype, torch.float32), device=grad.device
+        )
+        acc.copy_(grad)  # a contiguous copy: what autograd hands over is not ours to change
+        dist.all_reduce(acc, group=ctx.group)
+        return acc.to(grad.dtype), None
 
 
 def reduce_gradient(x: Tensor, parallel: VocabParallelOptions) -> Tensor:
@@ -87,21 +114,21 @@ def reduce_gradient(x: Tensor, parallel: VocabParallelOptions) -> Tensor:
 
 class _ShardedLoss(torch.autograd.Function):
     """(nll, lse) over all shards from one rank's shard. One autograd function, because the shard's
-    backward needs the global logsumexp, which only exists between the two collectives."""
+    backward needs the global logsumexp, which only exists after the collective."""
 
     @staticmethod
-    def forward(ctx, pair, parallel, vocab_total, options, e, c, targets, bias, u, lora_b):
+    def forward(ctx, pair, group, start, vocab_total, options, e, c, targets, bias, u, lora_b):
         forward_op, ctx.backward_op = pair
-        ctx.options = (*options, parallel.start, vocab_total)
+        ctx.options = (*options, start, vocab_total)
         local = RowStatistics(*forward_op(e, c, targets, bias, u, lora_b, *ctx.options, False))
-        lse = _combine_lse(local.lse, parallel)
-        parts = [local.target_logit] + ([local.logit_sum] if options.label_smoothing else [])
-        sums = _sum_over_ranks(torch.stack(parts), parallel.group)
+        smooth = options.label_smoothing
+        parts = [local.lse, local.target_logit] + ([local.logit_sum] if smooth else [])
+        ranks = _gather(torch.stack(parts), group)
+        lse = torch.logsumexp(ranks[:, 0], 0)
+        nll = lse - ranks[:, 1].sum(0)
+        if smooth:
+            nll = (1 - smooth) * nll + smooth * (lse - ranks[:, 2].sum(0) / vocab_total)
         valid = targets != options.ignore_index
-        nll = lse - sums[0]
-        if options.label_smoothing:
-            smooth = options.label_smoothing
-            nll = (1 - smooth) * nll + smooth * (lse - sums[1] / vocab_total)
         nll, lse = torch.where(valid, nll, 0), torch.where(valid, lse, 0)
         ctx.save_for_backward(e, c, targets, bias, u, lora_b, lse)
         ctx.set_materialize_grads(False)
@@ -109,11 +136,11 @@ class _ShardedLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dnll, dlse):
-        none = (None,) * 4
+        none = (None,) * 5
         if dnll is None and dlse is None:
             return (*none, *(None,) * 6)
         e, c, targets, bias, u, lora_b, lse = ctx.saved_tensors
-        _, _, _, _, need_e, need_c, _, need_bias, need_u, need_b = ctx.needs_input_grad
+        _, _, _, _, _, need_e, need_c, _, need_bias, need_u, need_b = ctx.needs_input_grad
         wanted = (need_e, need_c, need_bias, need_u, need_b)
         grads = ctx.backward_op(
             dnll, dlse, e, c, targets, lse, bias, u, lora_b, *ctx.options, *wanted
@@ -122,13 +149,17 @@ class _ShardedLoss(torch.autograd.Function):
         return (*none, de, dc, None, dbias, du, db)
 
 
-def _combine_lse(lse: Tensor, parallel: VocabParallelOptions) -> Tensor:
-    """logsumexp over the ranks. Two collectives rather than one sum of exp(lse): only the maximum
-    keeps it in range."""
-    top = lse.clone()
-    dist.all_reduce(top, op=dist.ReduceOp.MAX, group=parallel.group)
-    reference = torch.where(top == -torch.inf, 0, top)
-    return reference + torch.log(_sum_over_ranks(torch.exp(lse - reference), parallel.group))
+def _gather(part: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+    """Every rank's part (K, N), as (ranks, K, N).
+
+    One all-gather does what max, sum and target logit would need two all-reduces for, a sum of
+    exp(lse) being out of range before the maximum is known. Nothing is rounded on the way, and all
+    ranks reduce the same numbers in the same order, so their losses are equal bit by bit. It moves
+    more than a ring all-reduce would, but at 8 bytes a token latency is what counts.
+    """
+    ranks = part.new_empty(dist.get_world_size(group) * part.shape[0], part.shape[1])
+    _all_gather(ranks, part, group=group)
+    return ranks.view(-1, *part.shape)
 
 
 def sharded_loss(
@@ -145,4 +176,16 @@ def sharded_loss(
 ) -> tuple[Tensor, Tensor]:
     """nll and lse (N,) over all shards, the same on every rank. e, u and targets are whole; c,
     bias, lora_b this rank's."""
-    return _ShardedLoss.apply(pair, parallel, vocab_total, options, e, c, targets, bias, u, lora_b)
+    return _ShardedLoss.apply(
+        pair,
+        parallel.group,
+        parallel.start,
+        vocab_total,
+        options,
+        e,
+        c,
+        targets,
+        bias,
+        u,
+        lora_b,
+    )
