@@ -347,6 +347,7 @@ def _parallel_rows(
     facts: dict[str, Any],
 ) -> RowStatistics:
     """nll and lse over all shards. A is replicated, B sharded like c."""
+    pair, reason = _pair(name, e)  # first: what cannot run must not keep the other ranks waiting
     if parallel.check and not torch.compiler.is_compiling():
         total = agree(parallel, options, reduction, e, targets, head.bias, head.adapters)
     else:
@@ -358,7 +359,6 @@ def _parallel_rows(
         e = reduce_gradient(e, parallel)
     adapters = tuple(a._replace(a=reduce_gradient(a.a, parallel)) for a in head.adapters)
     u, b = low_rank_update(e, adapters)
-    pair, reason = _pair(name, e)
     record(path="vocab_parallel", reason=reason, **facts)
     ops = tuple(getattr(torch.ops.cce, f"{pair}_{half}") for half in ("forward", "backward"))
     nll, lse = sharded_loss(ops, parallel, total, options, e, head.weight, targets, head.bias, u, b)

@@ -101,6 +101,12 @@ def _facts(
     bias: Tensor | None,
     adapters: tuple[Adapter, ...],
 ) -> _Facts:
+    if parallel.group is None and not dist.is_initialized():
+        raise RuntimeError(
+            "vocab_parallel_options: torch.distributed is not initialised; call "
+            "torch.distributed.init_process_group first, or leave vocab_parallel_options out where "
+            "one process holds the whole vocabulary"
+        )
     group = parallel.group or dist.group.WORLD
     gradients = [torch.is_grad_enabled() and t.requires_grad for t in (e, *(a.a for a in adapters))]
     alike = (
