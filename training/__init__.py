@@ -1,0 +1,1 @@
+"""Training of transformers models without stored logits: ``python -m training.train --help``."""

@@ -1,0 +1,138 @@
+"""Trains or fine-tunes a causal language model of transformers on local texts.
+
+    python -m training.train --model NAME_OR_FOLDER --data corpus.jsonl --output out
+    python -m training.train --config config.json --tokenizer FOLDER --data a.txt b.txt --output out
+    accelerate launch -m training.train ...                      # several devices
+
+The loss is cce_ext's (``--stored-logits`` for the model's own). ``--lora-rank`` trains adapters
+instead of the whole model. A run that was stopped goes on where its last checkpoint is.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers.trainer_utils import get_last_checkpoint
+
+from cce_ext.transformers import audit, cce_patch
+from training.data import load_blocks
+
+
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    summary, form = __doc__.splitlines()[0], argparse.ArgumentDefaultsHelpFormatter
+    parser = argparse.ArgumentParser("training.train", description=summary, formatter_class=form)
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--model", help="a pretrained model: a folder or a name")
+    source.add_argument("--config", help="a config.json or its folder: a new model")
+    parser.add_argument("--tokenizer", help="a folder or a name; the model's own if left out")
+    parser.add_argument("--data", type=Path, nargs="+", required=True, help=".txt or .jsonl files")
+    parser.add_argument("--eval-data", type=Path, nargs="+", help="files to evaluate on at the end")
+    parser.add_argument("--field", default="text", help="of each line of a .jsonl file")
+    parser.add_argument("--output", type=Path, required=True, help="folder of the checkpoints")
+    parser.add_argument("--length", type=int, default=1024, help="tokens of a block")
+    parser.add_argument("--batch", type=int, default=4, help="blocks of a device and a pass")
+    parser.add_argument("--accumulate", type=int, default=1, help="passes of a step")
+    parser.add_argument("--steps", type=int, default=1000)
+    parser.add_argument("--save-every", type=int, default=200, help="steps between checkpoints")
+    parser.add_argument("--lr", type=float, default=2e-4)
+    parser.add_argument("--warmup", type=int, default=20, help="steps of rising learning rate")
+    parser.add_argument("--lora-rank", type=int, default=0, help="0 trains the whole model")
+    parser.add_argument("--lora-alpha", type=float, help="twice the rank if left out")
+    parser.add_argument(
+        "--lora-targets", nargs="+", default=["all-linear"],
+        help="names of layers; lm_head has to be named, all-linear leaves it out",
+    )  # fmt: skip
+    parser.add_argument("--impl", default="cce", help="as for linear_cross_entropy")
+    parser.add_argument("--stored-logits", action="store_true", help="the model's own loss")
+    parser.add_argument("--bf16", action="store_true", help="autocast to bfloat16")
+    parser.add_argument("--checkpointing", action="store_true", help="recompute activations")
+    parser.add_argument("--seed", type=int, default=0)
+    return parser.parse_args(arguments)
+
+
+def build_model(options: argparse.Namespace) -> torch.nn.Module:
+    """The model, with adapters if asked for, and patched."""
+    auto = transformers.AutoModelForCausalLM
+    if options.model:
+        model = auto.from_pretrained(options.model)
+    else:
+        model = auto.from_config(transformers.AutoConfig.from_pretrained(options.config))
+    if options.lora_rank:
+        import peft
+
+        targets = options.lora_targets
+        config = peft.LoraConfig(
+            task_type="CAUSAL_LM",
+            r=options.lora_rank,
+            lora_alpha=options.lora_alpha or 2 * options.lora_rank,
+            target_modules="all-linear" if targets == ["all-linear"] else targets,
+            ensure_weight_tying=model.config.tie_word_embeddings and "lm_head" in targets,
+        )
+        model = peft.get_peft_model(model, config)
+    return model if options.stored_logits else cce_patch(model, impl=options.impl)
+
+
+def training_arguments(options: argparse.Namespace) -> transformers.TrainingArguments:
+    """Our options as the Trainer's."""
+    return transformers.TrainingArguments(
+        output_dir=str(options.output),
+        per_device_train_batch_size=options.batch,
+        per_device_eval_batch_size=options.batch,
+        gradient_accumulation_steps=options.accumulate,
+        max_steps=options.steps,
+        save_steps=options.save_every,
+        save_total_limit=2,
+        learning_rate=options.lr,
+        warmup_steps=options.warmup,
+        lr_scheduler_type="cosine",
+        logging_steps=max(1, min(10, options.steps // 10)),
+        use_cpu=not torch.accelerator.is_available(),
+        bf16=options.bf16,
+        gradient_checkpointing=options.checkpointing,
+        prediction_loss_only=True,
+        report_to=[],
+        seed=options.seed,
+    )
+
+
+def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
+    """Trains, saves into the output folder and returns the last metrics: train_loss, and eval_loss
+    where there is data for it."""
+    options = parse(arguments)
+    transformers.set_seed(options.seed)
+    source = options.tokenizer or options.model or options.config
+    tokenizer = transformers.AutoTokenizer.from_pretrained(source)
+    train = load_blocks(options.data, tokenizer, options.length, options.field)
+    held_out = options.eval_data and load_blocks(
+        options.eval_data, tokenizer, options.length, options.field
+    )
+    model = build_model(options)
+    trainer = transformers.Trainer(
+        model,
+        training_arguments(options),
+        train_dataset=train,
+        eval_dataset=held_out,
+        data_collator=transformers.default_data_collator,
+        processing_class=tokenizer,
+    )
+    say = print if trainer.is_world_process_zero() else lambda *_: None
+    say(f"{len(train)} blocks of {options.length} tokens; loss: {audit(model)}")
+    last = get_last_checkpoint(options.output) if options.output.is_dir() else None
+    if last:
+        say(f"going on from {last}")
+    metrics = dict(trainer.train(resume_from_checkpoint=last).metrics)
+    trainer.save_model()
+    if held_out:
+        metrics |= trainer.evaluate()
+    say(", ".join(f"{name} {value:.4g}" for name, value in sorted(metrics.items())))
+    return metrics
+
+
+if __name__ == "__main__":
+    main()
