@@ -1,10 +1,22 @@
-"""Settings that must be there before any test module is imported."""
+"""What must hold before any test module is imported: no downloads, Triton's interpreter where there is no GPU, and no tests of
+what is not installed."""
 
 import os
+from importlib.util import find_spec
 
 import torch
 
+os.environ["HF_HUB_OFFLINE"] = "1"
 # Without a GPU the Triton kernels are interpreted. Triton reads this when it is first imported, which torch.compile in
 # another test of the same process may do.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+NEEDS = {
+    "test_transformers*.py": ("transformers",),
+    "test_training.py": ("transformers", "accelerate", "peft", "tqdm"),
+}
+
+collect_ignore_glob = [
+    pattern for pattern, names in NEEDS.items() if not all(find_spec(name) for name in names)
+]
