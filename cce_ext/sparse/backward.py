@@ -16,7 +16,6 @@ from cce_ext.sparse.forward import Lists
 
 # Bytes of a chunk of the sampled rows' tails.
 _TAIL_BYTES = 32 << 20
-_TILE_COLUMNS = 256
 # Lifts the sampled tails, whose rows add up to about 1, out of float16's smallest numbers.
 _LIFT = 2.0**10
 
@@ -181,7 +180,8 @@ def _spread(call: _Call, lists: Lists, a: Tensor, d: Tensor, row_mass: Tensor) -
     rows = (order, count, call.records(None, sample.weight * _LIFT, order, count))
     member = tail.one_hot(classes[sample.rows], tail.CLASSES, call.e.dtype).T.contiguous()
     weights = torch.empty(tail.CLASSES, v, device=order.device)
-    step = max(_TILE_COLUMNS, _TAIL_BYTES // (2 * size) // _TILE_COLUMNS * _TILE_COLUMNS)
+    tile = torch.ops.cce.column_tile(call.e)
+    step = max(tile, _TAIL_BYTES // (2 * size) // tile * tile)
     buffer = torch.empty(size, -(-min(step, v) // 8) * 8, device=order.device, dtype=call.e.dtype)
     for first in range(0, v, step):
         columns = slice(first, min(first + step, v))

@@ -21,6 +21,8 @@ STABLE_TORCH_LIBRARY(cce, m) {
   // 32-byte record a row, in that order. dlogits_: writes dloss/dproduct of one chunk of the vocabulary, whose first
   // shard-local id is first_col; rows that do not count become zeros. compact: rows of out by position in the order, those
   // beyond the count untouched. tail_eps: instead of gradients, a p softcap' of entries below that probability.
+  // column_tile: columns of a tile of the kernels that serve this device.
+  m.def("column_tile(Tensor like) -> int");
   m.def("row_order(Tensor targets, int ignore_index) -> (Tensor rows, Tensor count)");
   m.def(
       "row_gradients(Tensor? dnll, Tensor? dlse, Tensor lse, Tensor targets, Tensor row_order, "
@@ -58,7 +60,8 @@ STABLE_TORCH_LIBRARY(cce, m) {
   m.def("sort_pairs(Tensor keys, Tensor values, int bits) -> (Tensor keys, Tensor values)");
   m.def(
       "dropped_mass(Tensor max_sum, Tensor capped, Tensor first, Tensor hot, Tensor ids, "
-      "Tensor logits, Tensor row_order, Tensor row_count, Tensor lse, int shard_size, float softcap) -> Tensor");
+      "Tensor logits, Tensor row_order, Tensor row_count, Tensor lse, int shard_size, float "
+      "softcap) -> Tensor");
   m.def(
       "entry_weights(Tensor count, Tensor rows, Tensor ids, Tensor logits, Tensor a, Tensor d, "
       "Tensor lse, Tensor targets, float softcap, float logit_scale, float label_smoothing, "

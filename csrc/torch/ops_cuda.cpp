@@ -60,6 +60,11 @@ Tensor row_gradients_cuda(std::optional<Tensor> dnll, std::optional<Tensor> dlse
   return out;
 }
 
+int64_t column_tile_cuda(Tensor like) {
+  const torch::stable::accelerator::DeviceGuard guard(like.get_device_index());
+  return backend().block_n;
+}
+
 // See the schema: one chunk of logit gradients. All matrices readable as they are.
 void dlogits_cuda(Tensor out, Tensor e, Tensor c, std::optional<Tensor> bias,
                   std::optional<Tensor> u, std::optional<Tensor> lora_b, Tensor row_order,
@@ -76,6 +81,7 @@ void dlogits_cuda(Tensor out, Tensor e, Tensor c, std::optional<Tensor> bias,
   p.head = readable_head(e, c, bias, u, lora_b, row_order, row_count, softcap, logit_scale,
                          label_smoothing);
   p.head.first_col = first_col;
+  p.head.order.ascending = !compact;  // a list of sampled rows may be in any order
   p.rows = static_cast<const cuda::RowGradient*>(row_gradients.const_data_ptr());
   p.dlogits = out.mutable_data_ptr();
   p.ld_dlogits = out.stride(0);
@@ -94,5 +100,6 @@ STABLE_TORCH_LIBRARY_IMPL(cce, CUDA, m) {
   m.impl("linear_ce_forward", TORCH_BOX(&cce::torch_api::forward_cuda));
   m.impl("row_order", TORCH_BOX(&cce::torch_api::row_order_cuda));
   m.impl("row_gradients", TORCH_BOX(&cce::torch_api::row_gradients_cuda));
+  m.impl("column_tile", TORCH_BOX(&cce::torch_api::column_tile_cuda));
   m.impl("dlogits_", TORCH_BOX(&cce::torch_api::dlogits_cuda));
 }

@@ -1,6 +1,6 @@
+#include "cuda/common/launch.cuh"
 #include "cuda/sm80/backend.h"
 #include "cuda/sm80/forward.cuh"
-#include "cuda/sm80/launch.cuh"
 
 namespace cce::cuda::sm80 {
 namespace {

@@ -49,7 +49,8 @@ __device__ __forceinline__ Entry read_entry(const KeepParams& p, const Rows& row
   e.row = static_cast<int>(raw.x >> kCandidateIdBits);
   e.id = static_cast<int>(raw.x & ((1u << kCandidateIdBits) - 1));
   e.logit = __uint_as_float(raw.y);
-  e.keep = e.id != rows.target[e.row] && ptx::ex2(fmaf(e.logit, kLog2E, -rows.lse2[e.row])) >= p.eps;
+  e.keep =
+      e.id != rows.target[e.row] && ptx::ex2(fmaf(e.logit, kLog2E, -rows.lse2[e.row])) >= p.eps;
   return e;
 }
 
