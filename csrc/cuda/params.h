@@ -21,11 +21,10 @@ struct Matrix {
   int64_t rows = 0, cols = 0;
 };
 
-// The rows of a call in the order in which they are worked on: rows that count first, ignored rows after them.
+// The rows of a call in the order in which they are worked on: rows that count first, ascending, ignored rows after them.
 struct RowOrder {
   const int32_t* rows = nullptr;   // (N,) row numbers
   const int32_t* count = nullptr;  // (1,) how many rows count
-  bool ascending = false;  // rows that count are in ascending order: if all do, in the matrix's own
 };
 
 // Ids of a vocabulary group, over which the sparse gradient keeps each row's mass: a whole number of column tiles of every
@@ -78,8 +77,6 @@ struct BackwardParams {
   void* dlogits = nullptr;            // (N, ld_dlogits), the head's dtype
   int64_t ld_dlogits = 0;             // multiple of 8
   int64_t n = 0;
-  bool compact =
-      false;  // row i of dlogits is position i of the order, and no row beyond the count is touched
   bool tail =
       false;  // instead of gradients: a p softcap' of entries with p < tail_eps, targets left out
   float tail_eps = 0.0f;

@@ -83,7 +83,7 @@ struct Order {
   Order(Tensor row_order, Tensor row_count)
       : rows(std::move(row_order)), count(std::move(row_count)) {}
   cuda::RowOrder view() const {
-    return {rows.const_data_ptr<int32_t>(), count.const_data_ptr<int32_t>(), true};
+    return {rows.const_data_ptr<int32_t>(), count.const_data_ptr<int32_t>()};
   }
 };
 

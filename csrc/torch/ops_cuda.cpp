@@ -69,8 +69,7 @@ int64_t column_tile_cuda(Tensor like) {
 void dlogits_cuda(Tensor out, Tensor e, Tensor c, std::optional<Tensor> bias,
                   std::optional<Tensor> u, std::optional<Tensor> lora_b, Tensor row_order,
                   Tensor row_count, Tensor row_gradients, int64_t first_col, double softcap,
-                  double logit_scale, double label_smoothing, bool compact,
-                  std::optional<double> tail_eps) {
+                  double logit_scale, double label_smoothing, std::optional<double> tail_eps) {
   const torch::stable::accelerator::DeviceGuard guard(e.get_device_index());
   check_readable(out, e, "out");
   STD_TORCH_CHECK(out.size(0) == row_order.size(0) && out.size(1) == c.size(0),
@@ -81,12 +80,10 @@ void dlogits_cuda(Tensor out, Tensor e, Tensor c, std::optional<Tensor> bias,
   p.head = readable_head(e, c, bias, u, lora_b, row_order, row_count, softcap, logit_scale,
                          label_smoothing);
   p.head.first_col = first_col;
-  p.head.order.ascending = !compact;  // a list of sampled rows may be in any order
   p.rows = static_cast<const cuda::RowGradient*>(row_gradients.const_data_ptr());
   p.dlogits = out.mutable_data_ptr();
   p.ld_dlogits = out.stride(0);
   p.n = row_order.size(0);
-  p.compact = compact;
   p.tail = tail_eps.has_value();
   p.tail_eps = static_cast<float>(tail_eps.value_or(0.0));
   if (p.n == 0 || c.size(0) == 0) return;

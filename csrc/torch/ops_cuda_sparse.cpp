@@ -128,7 +128,7 @@ std::tuple<Tensor, Tensor, Tensor> count_kept_cuda(Tensor pool, Tensor counts, T
   cuda::KeepParams p =
       keep_params(pool, counts, bound2, row_order, row_count, lse, target_logit, targets, eps,
                   ignore_index, shard_size, vocab_start, vocab_total);
-  Tensor kept = empty(lse, {pool.size(0)}, ScalarType::Int);
+  Tensor kept = empty(lse, {pool.size(0), cuda::kKeepParts}, ScalarType::Int);
   Tensor exact = empty(lse, {pool.size(0)}, ScalarType::Byte);
   p.kept = i32(kept, "kept");
   Tensor column_counts = zeros(lse, {shard_size}, ScalarType::Int);

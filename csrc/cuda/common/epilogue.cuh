@@ -172,45 +172,35 @@ __device__ __forceinline__ RowSums thread_sums(const float (&z)[kElements], int 
   return s;
 }
 
-// Appends the entries of one row of the pair that are at least `cut` to the row block's pool. All lanes of the warp take
-// part; top: the largest of the row's elements in the quad; to_logit: factor from acc to z.
-template <typename Columns, int kElements>
+// Offers the entries of one row of the pair that are at least `cut` to the sink. All lanes of the warp take part; top: the
+// largest of the row's elements in the quad; to_logit: factor from acc to z. A section of columns in which no lane has any,
+// the usual case, costs a vote.
+template <typename Columns, typename Sink, int kElements>
 __device__ __forceinline__ void emit_candidates(const float (&acc)[kElements], int h, float top,
                                                 float cut, float to_logit, int first_col, int row,
-                                                uint2* pool, int32_t* count, int64_t capacity) {
+                                                const Sink& sink) {
   if (!__any_sync(~0u, top >= cut)) return;
-  int mine = 0;
+  constexpr int kSections = 4, kPairs = kElements / 4 / kSections;
+  static_assert(kElements % (4 * kSections) == 0);
+  const uint32_t key =
+      static_cast<uint32_t>(row) << kCandidateIdBits | static_cast<uint32_t>(first_col);
 #pragma unroll
-  for (int j = 0; j < kElements / 4; ++j) {
+  for (int s = 0; s < kSections; ++s) {
+    bool mine = false;
 #pragma unroll
-    for (int e = 0; e < 2; ++e) mine += acc[4 * j + 2 * h + e] >= cut ? 1 : 0;
-  }
-  const int lane = threadIdx.x % 32;
-  int until = mine;  // of the lanes up to this one
+    for (int j = s * kPairs; j < (s + 1) * kPairs; ++j)
+      mine |= acc[4 * j + 2 * h] >= cut || acc[4 * j + 2 * h + 1] >= cut;
+    if (!__any_sync(~0u, mine)) continue;
 #pragma unroll
-  for (int d = 1; d < 32; d *= 2) {
-    const int before = __shfl_up_sync(~0u, until, d);
-    if (lane >= d) until += before;
-  }
-  int at = 0;
-  if (lane == 31) at = atomicAdd(count, until);
-  at = __shfl_sync(~0u, at, 31) + until - mine;
-  const uint32_t key = static_cast<uint32_t>(row) << kCandidateIdBits;
-  if (mine == 0) return;
+    for (int j = s * kPairs; j < (s + 1) * kPairs; ++j) {
 #pragma unroll
-  for (int j = 0; j < kElements / 4; ++j) {
-#pragma unroll
-    for (int e = 0; e < 2; ++e) {
-      const float x = acc[4 * j + 2 * h + e];
-      if (x >= cut) {
-        if (at < capacity) {
-          pool[at] = make_uint2(key | static_cast<uint32_t>(first_col + Columns::at(j) + e),
-                                __float_as_uint(x * to_logit));
-        }
-        ++at;
+      for (int e = 0; e < 2; ++e) {
+        const float x = acc[4 * j + 2 * h + e];
+        if (x >= cut) sink.put(key + Columns::at(j) + e, x * to_logit);
       }
     }
   }
+  sink.make_room();
 }
 
 // Lowest column at which this thread's row equals `value`, or INT_MAX.
@@ -260,8 +250,7 @@ __device__ __forceinline__ void logits_to_tail(float (&z)[kElements], int h, con
                                                int target, float eps, const LogitParams& p,
                                                int first_col) {
   const int at = target - first_col;
-  const auto weight = [&](int i, float x) {
-    const float w = ptx::ex2(fmaf(x, kLog2E, -row.lse2));
+  const auto weight = [&](int i, float w) {
     const bool kept = w >= eps || Columns::at(i / 4) + (i & 1) == at;
     return kept ? 0.0f : row.a * w;
   };
@@ -269,13 +258,13 @@ __device__ __forceinline__ void logits_to_tail(float (&z)[kElements], int h, con
 #pragma unroll
     for (int i = 0; i < kElements; ++i) {
       if ((i >> 1 & 1) != h) continue;
-      const float w = weight(i, z[i]);
+      const float w = weight(i, ptx::ex2(fmaf(z[i], kLog2E, -row.lse2)));
       z[i] = w == 0.0f ? 0.0f : w * core::softcap_grad(z[i], p.inv_softcap);
     }
   } else {
 #pragma unroll
     for (int i = 0; i < kElements; ++i) {
-      if ((i >> 1 & 1) == h) z[i] = weight(i, z[i]);
+      if ((i >> 1 & 1) == h) z[i] = weight(i, ptx::ex2(fmaf(z[i], kLog2E, -row.lse2)));
     }
   }
 }

@@ -4,8 +4,8 @@
 #pragma once
 
 #include <cfloat>
-#include <cstddef>
 
+#include "cuda/common/candidates.cuh"
 #include "cuda/common/epilogue.cuh"
 
 namespace cce::cuda {
@@ -21,12 +21,6 @@ struct RowStates {
   int argmax[kGroups][kBlockM];
   float capped[kGroups][kBlockM];
 };
-
-template <int kGroups, int kBlockM>
-constexpr int states_bytes(bool general) {
-  using States = RowStates<kGroups, kBlockM>;
-  return general ? sizeof(States) : offsetof(States, logit_sum);
-}
 
 template <int kGroups, int kBlockM>
 __device__ __forceinline__ void reset_row(RowStates<kGroups, kBlockM>& s, int row, bool general) {
@@ -52,13 +46,15 @@ __device__ __forceinline__ void set_cut(RowStates<kGroups, kBlockM>& s, int row,
       position < count ? __ldg(want.bound2 + row_order[position]) + want.log2_eps : INFINITY;
 }
 
-// Folds one m16 tile (already masked) of a warp into the states. scale: base-2 logits are scale * acc.
-template <bool kGeneral, bool kTraining, typename Columns, int kElements, int kGroups, int kBlockM>
+// Folds the rows (r, r + 8) of a tile (already masked) into the states. scale: base-2 logits are scale * acc; sink: where
+// candidates go in training.
+template <bool kGeneral, bool kTraining, typename Columns, int kElements, int kGroups, int kBlockM,
+          typename Sink>
 __device__ __forceinline__ void fold_rows(const float (&acc)[kElements],
                                           RowStates<kGroups, kBlockM>& s, int group, int row,
-                                          float scale, int row_block, int launch_col, int first_col,
+                                          float scale, int launch_col, int first_col,
                                           const LogitParams& p, const Partials& want,
-                                          const Candidates& candidates) {
+                                          float log2_eps, const Sink& sink) {
 #pragma unroll
   for (int h = 0; h < 2; ++h) {
     const int r = row + 8 * h;
@@ -76,13 +72,6 @@ __device__ __forceinline__ void fold_rows(const float (&acc)[kElements],
       part.sum = thread_sum_exp2(acc, h, scale, reference);
     const float sum = quad_sum(part.sum), rescale = ptx::ex2(old - reference);
     const bool writer = threadIdx.x % 4 == 0;
-    if constexpr (kTraining) {
-      // What the unit has seen so far is a lower bound of the lse too. Never -inf: absent columns are.
-      const float cut = fmaxf(fmaxf(s.cut[r], max + candidates.log2_eps), -FLT_MAX);
-      emit_candidates<Columns>(acc, h, top, cut / scale, scale / kLog2E, launch_col + first_col, r,
-                               candidates.pool + row_block * candidates.capacity,
-                               candidates.counts + row_block, candidates.capacity);
-    }
     if (more) {
       const float logit_sum = quad_sum(part.logits), weighted = quad_sum(part.weighted);
       const float capped = quad_sum(part.capped);
@@ -97,6 +86,12 @@ __device__ __forceinline__ void fold_rows(const float (&acc)[kElements],
     if (writer) {
       s.max[group][r] = max;
       s.sum[group][r] = s.sum[group][r] * rescale + sum;
+    }
+    if constexpr (kTraining) {
+      // What the unit has seen so far is a lower bound of the lse too. Never -inf: absent columns are.
+      const float cut = fmaxf(fmaxf(s.cut[r], max + log2_eps), -FLT_MAX);
+      emit_candidates<Columns>(acc, h, top, cut / scale, scale / kLog2E, launch_col + first_col, r,
+                               sink);
     }
   }
 }

@@ -13,7 +13,7 @@ cudaError_t launch_as(const BackwardParams& p, cudaStream_t stream) {
       backward_mainloop<T, Config, kEpilogue>, backward_shared_bytes<Config>(), work, stream,
       LogitParams(p.head.options, p.head.bias, p.head.c.rows), p.rows,
       static_cast<int>(p.head.first_col),
-      DlogitsOut<T>{static_cast<T*>(p.dlogits), p.ld_dlogits, p.compact, p.tail_eps});
+      DlogitsOut<T>{static_cast<T*>(p.dlogits), p.ld_dlogits, false, p.tail_eps});
 }
 
 template <typename T, typename Config, bool kHasPlain>

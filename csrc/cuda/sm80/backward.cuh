@@ -69,11 +69,8 @@ __device__ __forceinline__ void recompute_tiles(const Work& work, int count,
   while (!at.done()) {
     if (fresh) {
       __syncthreads();
-      const int next = at.unit + at.step;
-      if (next < at.order.units()) {
-        copy_records<Config>(sets + (set ^ 1) * Config::kBlockM, records,
-                             at.order.at(next).row_block, work.n);
-      }
+      copy_records<Config>(sets + (set ^ 1) * Config::kBlockM, records, at.next_row_block(),
+                           work.n);
     }
     mainloop.multiply(acc);
     mainloop.settle();
@@ -94,7 +91,7 @@ __device__ __forceinline__ void recompute_tiles(const Work& work, int count,
                        out.ld);
       }
     }
-    fresh = at.next_tile(work);
+    fresh = at.next_tile();
     if (fresh) set ^= 1;
   }
   ptx::cp_async_wait<0>();
@@ -106,7 +103,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
                       const RowGradient* records, int first_col, const DlogitsOut<T> out) {
   extern __shared__ __align__(128) uint8_t shared[];
   const int count = __ldg(work.row_count);
-  if (!out.compact) clear_ignored_rows(work, count, out.dlogits, out.ld);
+  clear_ignored_rows(work, count, out.dlogits, out.ld);
   recompute_tiles<T, Config, kEpilogue>(work, count, logits, records, first_col, out, shared);
 }
 

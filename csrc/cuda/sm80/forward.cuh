@@ -4,8 +4,8 @@
 // warps that all load, multiply and run the epilogue; persistent, one block a multiprocessor, no atomics.
 // Epilogue: each warp folds its 64 x 64 part into row states in shared memory that it alone owns (4 column groups x 128
 // rows); at the end of a unit (one row block x one split) the block merges the four groups in fixed order and writes one
-// partial per row. Shared memory: the pipeline, then RowStates. In training, entries that the sparse gradient may keep go
-// to the row block's pool in device memory: one atomic a warp, row pair and tile that has any.
+// partial per row. Shared memory: the pipeline, then RowStates, in training also 4 KB of candidates. In training, entries that the sparse
+// gradient may keep go to the row block's pool in device memory, by way of the warp's candidates in shared memory.
 #pragma once
 
 #include "cuda/common/row_states.cuh"
@@ -17,9 +17,13 @@ namespace cce::cuda::sm80 {
 template <typename Config>
 using States = RowStates<Config::kWarpsN, Config::kBlockM>;
 
+constexpr int kBufferedCandidates = 64;  // a warp
 template <typename Config>
-constexpr int forward_shared_bytes(bool general) {
-  return Config::kPipelineBytes + states_bytes<Config::kWarpsN, Config::kBlockM>(general);
+using Buffers = CandidateBuffers<Config::kWarps, kBufferedCandidates>;
+
+template <typename Config>
+constexpr int forward_shared_bytes(bool training) {
+  return Config::kPipelineBytes + sizeof(States<Config>) + (training ? sizeof(Buffers<Config>) : 0);
 }
 
 // kTraining: look for candidates.
@@ -29,6 +33,8 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
                      const Partials out, const Candidates candidates, int64_t ld, int first_col) {
   extern __shared__ __align__(128) uint8_t shared[];
   auto& states = *reinterpret_cast<States<Config>*>(shared + Config::kPipelineBytes);
+  auto& buffers = *reinterpret_cast<Buffers<Config>*>(&states + 1);  // training alone
+  if (kTraining && threadIdx.x < Config::kWarps) buffers.count[threadIdx.x] = 0;
   const int count = __ldg(work.row_count);
   const int row_blocks = (count + Config::kBlockM - 1) / Config::kBlockM;
   Cursor at(work, row_blocks);
@@ -53,6 +59,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
     mainloop.multiply(acc);
     const int first = at.tile * Config::kBlockN + group * Config::kWarpN + Columns::first();
     const bool ragged = (at.tile + 1) * Config::kBlockN > logits.cols;
+    const CandidateSink<Config::kWarps, kBufferedCandidates> sink{buffers, warp, candidates, at.row_block};
 #pragma unroll
     for (int m = 0; m < Config::kMmaM; ++m) {
       if constexpr (kGeneral) {
@@ -61,12 +68,13 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
         mask_columns<Columns>(acc[m], first, logits.cols, -INFINITY);
       }
       fold_rows<kGeneral, kTraining, Columns>(acc[m], states, group, warp_row + 16 * m, scale,
-                                              at.row_block, first_col, first, logits, out,
-                                              candidates);
+                                              first_col, first, logits, out, candidates.log2_eps,
+                                              sink);
     }
     const int row_block = at.row_block;
-    const int64_t split = at.split;
-    if (at.next_tile(work)) {
+    const int64_t split = at.split();
+    if (at.next_tile()) {
+      if constexpr (kTraining) sink.flush();
       __syncthreads();
       if (threadIdx.x < Config::kBlockM) {
         const int position = row_block * Config::kBlockM + threadIdx.x;

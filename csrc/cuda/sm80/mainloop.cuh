@@ -157,7 +157,7 @@ class Mainloop {
     k_left_ -= Config::kBlockK;
     const int slice = ++loader_.slice;
     if (slice == slices_main_ || slice == slices_) {
-      if (slice == slices_) loader_.next_tile(work_);
+      if (slice == slices_) loader_.next_tile();
       if (loader_.done())
         k_left_ = kNothingLeft;
       else

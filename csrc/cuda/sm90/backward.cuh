@@ -1,5 +1,5 @@
 // The sm_90 recompute of the exact backward: the forward's long-K product again, its epilogue writing G = dloss/dproduct of
-// one stretch of the vocabulary, 16 bit, row-major, rows at their original places or by position. Matmuls turn G into
+// one stretch of the vocabulary, 16 bit, row-major, rows at their original places. Matmuls turn G into
 // gradients. The sparse backward learns the shape of its tail from the same kernel (kTail).
 //
 // Tile 128 x 192 x 64, 5 stages, warp roles and barriers: sm90/mainloop.cuh; shared memory: the pipeline and its barriers.
@@ -61,7 +61,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
                       int first_col, const __grid_constant__ DlogitsOut<T> out) {
   extern __shared__ uint8_t raw[];
   const int count = __ldg(work.row_count);
-  if (!out.compact) clear_ignored_rows(work, count, out.dlogits, out.ld);
+  clear_ignored_rows(work, count, out.dlogits, out.ld);
   const float scale = logits.logit_scale * kLog2E;
   const int warp_row = threadIdx.x % 128 / 32 * 16 + threadIdx.x % 32 / 4;
 
@@ -79,8 +79,9 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
         const RowGradient row = read_record(records + (exists ? position : count - 1));
         logits_to_output<kEpilogue, PairedColumns>(acc[0], h, row, logits, scale, out.tail_eps,
                                                    first_col, mine);
-        store_row<T>(acc[0], h, out.dlogits + (out.compact ? position : row.row) * out.ld, exists,
-                     first, out.ld);
+        // The record is read again: registers are short in the loops above.
+        const int64_t to = !exists ? position : __ldg(&records[position].row);
+        store_row<T>(acc[0], h, out.dlogits + to * out.ld, exists, first, out.ld);
       }
 #pragma unroll
       for (int i = 0; i < Config::kAccumulators; ++i) acc[0][i] = acc[1][i];

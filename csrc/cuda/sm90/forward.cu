@@ -11,7 +11,7 @@ cudaError_t run(const ForwardParams& p, cudaStream_t stream) {
   Maps maps = {};
   const cudaError_t error = make_maps(p.head, Config::kBlockM, Config::kBlockN, &maps);
   if (error != cudaSuccess) return error;
-  return launch<Config>(forward_mainloop<T, kGeneral, kTraining>, forward_shared_bytes(kGeneral),
+  return launch<Config>(forward_mainloop<T, kGeneral, kTraining>, forward_shared_bytes(kTraining),
                         work, stream, maps, LogitParams(p.head.options, p.head.bias, p.head.c.rows),
                         p.partials, p.candidates, p.n, static_cast<int>(p.head.first_col));
 }

@@ -45,6 +45,11 @@ struct Ring {
       phase ^= 1;
     }
   }
+  __device__ __forceinline__ void skip(int slices) {
+    const int to = stage + slices, wraps = to / Config::kStages;
+    stage = to - wraps * Config::kStages;
+    phase ^= wraps & 1;
+  }
 };
 
 // Where things are in shared memory, and how many slices a tile has.
@@ -84,7 +89,8 @@ __device__ __forceinline__ void init_barriers(const Pipeline& pipe, bool gather)
 __device__ __forceinline__ void load_tiles(const Work& work, const Maps& maps, const Pipeline& pipe,
                                            int row_blocks) {
   Ring ring;
-  for (Cursor at(work, row_blocks); !at.done(); at.next_tile(work)) {
+  for (Cursor at(work, row_blocks); !at.done(); at.next_tile()) {
+#pragma unroll 1
     for (int s = 0; s < pipe.slices; ++s, ring.next()) {
       const bool low_rank = s >= pipe.slices_main;
       const int k = (low_rank ? s - pipe.slices_main : s) * Config::kBlockK;
@@ -114,13 +120,14 @@ __device__ __forceinline__ void gather_tiles(const Work& work, const Maps& maps,
     ptx::mbarrier_arrive(pipe.full + 8 * landed.stage);
     landed.next();
   };
-  for (Cursor at(work, row_blocks); !at.done(); at.next_tile(work)) {
+  for (Cursor at(work, row_blocks); !at.done(); at.next_tile()) {
     int rows[kCopies];
 #pragma unroll
     for (int i = 0; i < kCopies; ++i) {
       const int position = at.row_block * Config::kBlockM + row + i * kRowStep;
       rows[i] = __ldg(work.row_order + min(position, count - 1));
     }
+#pragma unroll 1
     for (int s = 0; s < pipe.slices; ++s, ring.next()) {
       const bool low_rank = s >= pipe.slices_main;
       const Matrix& a = low_rank ? work.u : work.e;
@@ -156,6 +163,7 @@ __device__ __forceinline__ void multiply(float (&acc)[Config::kMmaM][Config::kAc
                                          const Pipeline& pipe, Ring& ring, int other) {
   const bool releases = threadIdx.x % 128 == 0;
   int last = 0;
+#pragma unroll 1
   for (int s = 0; s < pipe.slices; ++s) {
     ptx::mbarrier_wait(pipe.full + 8 * ring.stage, ring.phase);
     ptx::wgmma_fence();
@@ -183,12 +191,14 @@ __device__ __forceinline__ void multiply(float (&acc)[Config::kMmaM][Config::kAc
 // What the accumulators of a tile start from: zero, or the bias of their columns.
 __device__ __forceinline__ void start_accumulators(
     float (&acc)[Config::kMmaM][Config::kAccumulators], const float* bias, int first, int cols) {
+  const float* from = bias + first;
+  const int left = bias ? cols - first : 0;
 #pragma unroll
   for (int j = 0; j < Config::kAccumulators / 4; ++j) {
 #pragma unroll
     for (int e = 0; e < 2; ++e) {
-      const int col = first + PairedColumns::at(j) + e;
-      const float x = bias && col < cols ? __ldg(bias + col) : 0.0f;
+      const int i = PairedColumns::at(j) + e;
+      const float x = i < left ? __ldg(from + i) : 0.0f;
 #pragma unroll
       for (int m = 0; m < Config::kMmaM; ++m) acc[m][4 * j + e] = acc[m][4 * j + 2 + e] = x;
     }
@@ -207,9 +217,9 @@ __device__ __forceinline__ void consume(const Work& work, const Pipeline& pipe, 
   Ring ring;
   bool turn = mine == 0;
   float acc[Config::kMmaM][Config::kAccumulators];
-  for (Cursor at(work, row_blocks); !at.done(); at.next_tile(work), turn = !turn) {
+  for (Cursor at(work, row_blocks); !at.done(); at.next_tile(), turn = !turn) {
     if (!turn) {
-      for (int s = 0; s < pipe.slices; ++s) ring.next();
+      ring.skip(pipe.slices);
       continue;
     }
     // Set rather than overwritten by the first product: their old values end here, which frees registers.
@@ -230,7 +240,7 @@ __device__ __forceinline__ void run_block(const Work& work, const Maps& maps, ui
                                           TileEpilogue&& epilogue) {
   const Pipeline pipe(ptx::shared_address(shared), work);
   const int row_blocks = (count + Config::kBlockM - 1) / Config::kBlockM;
-  const bool gather = !work.ascending || count < work.e.rows;
+  const bool gather = count < work.e.rows;
   if (threadIdx.x == 0) init_barriers(pipe, gather);
   prepare();
   __syncthreads();

@@ -11,6 +11,9 @@ namespace cce::cuda {
 
 // ---- before the forward ----
 
+// Strided columns at most: a warp holds them in registers.
+constexpr int kMaxStrided = 1024;
+
 struct BoundParams {
   const float* products = nullptr;  // (rows, columns): raw products of the sampled columns
   const float* bias = nullptr;      // (columns,) or null
@@ -30,6 +33,9 @@ cudaError_t row_bounds(const BoundParams& params, cudaStream_t stream);
 
 // ---- after the forward ----
 
+// Parts of a row block that are worked on at once.
+constexpr int kKeepParts = 8;
+
 struct KeepParams {
   Candidates candidates;
   RowOrder order;
@@ -47,7 +53,7 @@ struct KeepParams {
   int32_t* column_counts = nullptr;  // (V,), by count_kept, must be zero: kept entries of each id
   // For write_kept:
   const int32_t* slots = nullptr;  // (V,): number of a hot id, -1 for the others
-  const int64_t* first = nullptr;  // (row blocks,): where a block's entries start
+  const int64_t* first = nullptr;  // (row blocks, parts): where a part's entries start
   int64_t* keys = nullptr;         // (capacity,): (position, hot, id)
   float* logits = nullptr;         // (capacity,)
 };
