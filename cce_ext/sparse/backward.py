@@ -192,7 +192,7 @@ def _spread(call: _Call, lists: Lists, a: Tensor, d: Tensor, row_mass: Tensor) -
     if o.label_smoothing:
         uniform = d * (-o.logit_scale * o.label_smoothing / call.vocab[1])
     mass = lists.mass * (a * o.logit_scale)[:, None]
-    return tail.spread(mass, classes, tail.shapes(weights), uniform)
+    return tail.Spread(mass, classes, tail.shapes(weights), uniform)
 
 
 class _Kept(NamedTuple):
