@@ -14,8 +14,8 @@ import torch
 
 from bench.methods import METHODS, installed
 from bench.problems import DATA, DTYPES, MODELS, SHAPES, Config, named
-from bench.results import Results
-from bench.speed import EFFORT, QUICK, Row, measure, show
+from bench.results import Results, headline
+from bench.speed import Work, run
 from bench.timing import KIND_HELP, KINDS, Timer, clocks
 
 COLUMNS = """
@@ -75,40 +75,6 @@ def configurations(args: argparse.Namespace) -> list[Config]:
     ]
 
 
-def run(
-    results: Results, configs: list[Config], args: argparse.Namespace, section: str = "speed"
-) -> list[Row]:
-    """Measures and prints the configurations, saving after each; ``args`` as of `parse`."""
-    timer = Timer(torch.device(args.device))
-    effort = (QUICK if args.quick else EFFORT)[timer.device.type]
-    rows: list[Row] = []
-    for config in configs:
-        try:
-            found = measure(config, args.methods, args.kinds, timer, effort, not args.no_memory)
-        except torch.OutOfMemoryError as error:  # not even the inputs fit
-            found = [
-                {"method": "inputs", "kind": "-", **config._asdict(), "error": str(error)[:200]}
-            ]
-        found[0]["clocks"] = clocks(timer.device)
-        show(config, found)
-        rows += found
-        results.add(section, found)
-        results.save(args.json)
-        if timer.device.type == "cuda":
-            torch.cuda.empty_cache()
-    return rows
-
-
-def headline(results: Results) -> str:
-    """The machine in one line."""
-    facts = results.machine
-    parts = [facts["name"], f"torch {facts['torch']}", f"commit {facts['commit']}"]
-    if "capability" in facts:
-        parts.append(f"{facts['capability']}, {facts['threads']} threads")
-    parts += [f"{name} {version}" for name, version in facts["packages"].items()]
-    return ", ".join(parts)
-
-
 def main() -> None:
     """Measure and print."""
     args = parse()
@@ -120,7 +86,8 @@ def main() -> None:
     absent = [name for name in METHODS if name not in installed()]
     if absent:
         print(f"not installed here: {', '.join(absent)}")
-    run(results, configurations(args), args)
+    work = Work(args.methods, args.kinds, not args.no_memory, args.quick)
+    run(results, "speed", configurations(args), work, Timer(device), args.json)
 
 
 if __name__ == "__main__":

@@ -90,6 +90,16 @@ class Results:
         part.replace(path)
 
 
+def headline(results: Results) -> str:
+    """The machine in one line."""
+    facts = results.machine
+    parts = [facts["name"], f"torch {facts['torch']}", f"commit {facts['commit']}"]
+    if "capability" in facts:
+        parts.append(f"{facts['capability']}, {facts['threads']} threads")
+    parts += [f"{name} {version}" for name, version in facts["packages"].items()]
+    return ", ".join(parts)
+
+
 def load(path: Path) -> Results:
     """Reads what `Results.save` wrote."""
     data = json.loads(path.read_text(encoding="utf-8"))

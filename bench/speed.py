@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -12,8 +13,8 @@ from tqdm import tqdm
 from bench.cpu_memory import cpu_memory
 from bench.methods import METHODS, OWN
 from bench.problems import Config, Problem, make_problem
-from bench.results import error_text, path_taken
-from bench.timing import MB, Call, Timer, cuda_memory, make_call, matmul_call, summarise
+from bench.results import Results, error_text, path_taken
+from bench.timing import MB, Call, Timer, clocks, cuda_memory, make_call, matmul_call, summarise
 
 MATMUL = "matmul"
 Row = dict[str, Any]
@@ -30,36 +31,46 @@ class Effort(NamedTuple):
 
 # Short stretches let a GPU reach the clocks of sustained work; taking turns keeps the ratios honest
 # while the machine's speed drifts.
-EFFORT = {"cuda": Effort(3, 4, 1), "cpu": Effort(5, 1, 0)}
-QUICK = {"cuda": Effort(2, 2, 1), "cpu": Effort(2, 1, 0)}
+_EFFORT = {"cuda": Effort(3, 4, 1), "cpu": Effort(5, 1, 0)}
+_QUICK = {"cuda": Effort(2, 2, 1), "cpu": Effort(2, 1, 0)}
+# From this many products on, a few calls are enough, and take long enough.
+_LARGE = {"cuda": 10**13, "cpu": 10**12}
 
 
-def measure(
-    config: Config,
-    methods: Sequence[str],
-    kinds: Sequence[str],
-    timer: Timer,
-    effort: Effort,
-    memory: bool = True,
-) -> list[Row]:
+class Work(NamedTuple):
+    """What to measure on each configuration."""
+
+    methods: Sequence[str]
+    kinds: Sequence[str]
+    memory: bool = True
+    quick: bool = False
+
+    def effort(self, config: Config, device: str) -> Effort:
+        """How often."""
+        large = config.n * config.v * config.d > _LARGE[device]
+        return (_QUICK if self.quick or large else _EFFORT)[device]
+
+
+def measure(config: Config, work: Work, timer: Timer) -> list[Row]:
     """Rows of a configuration: the matmul's, then one for each method and kind. An error, such as
     too little memory, ends up in its row and does not stop the others."""
     torch.compiler.reset()  # every configuration is compiled for its own shape
     problem = make_problem(config, timer.device)
+    effort = work.effort(config, timer.device.type)
     run = _Run(config, problem, timer, effort)
     entries: list[tuple[str, str, Call]] = [(MATMUL, MATMUL, matmul_call(problem.e, problem.c))]
-    for method in methods:
-        for kind in kinds:
+    for method in work.methods:
+        for kind in work.kinds:
             entries.append((method, kind, make_call(kind, METHODS[method], problem)))
-    steps = len(entries) * (effort.rounds + memory)
+    steps = len(entries) * (effort.rounds + work.memory)
     with tqdm(total=steps, desc=config.describe(), leave=False) as bar:
         for _ in range(effort.rounds):
             for method, kind, call in entries:
                 bar.set_postfix_str(f"{method} {kind}")
                 run.time(method, kind, call)
                 bar.update()
-        if memory:
-            run.memory(entries, kinds, bar)
+        if work.memory:
+            run.memory(entries, work.kinds, bar)
     return run.rows(entries)
 
 
@@ -175,3 +186,27 @@ def show(config: Config, rows: list[Row]) -> None:
     for row in rows:
         print(line(row))
     print(end="", flush=True)
+
+
+def run(
+    results: Results,
+    section: str,
+    configs: Iterable[Config],
+    work: Work,
+    timer: Timer,
+    path: Path | None,
+) -> None:
+    """Measures and prints the configurations, saving after each."""
+    for config in configs:
+        try:
+            rows = measure(config, work, timer)
+        except torch.OutOfMemoryError as error:  # not even the inputs fit
+            rows = [
+                {"method": "inputs", "kind": "-", **config._asdict(), "error": error_text(error)}
+            ]
+        rows[0]["clocks"] = clocks(timer.device)
+        show(config, rows)
+        results.add(section, rows)
+        results.save(path)
+        if timer.device.type == "cuda":
+            torch.cuda.empty_cache()

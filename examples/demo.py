@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from bench.methods import cce, eager
 from bench.problems import Config, make_problem
-from bench.speed import Effort, measure
+from bench.speed import Work, measure
 from bench.timing import Timer
 from cce_ext import linear_cross_entropy
 from examples.model import LanguageModel
@@ -43,9 +43,17 @@ class Cost(NamedTuple):
 
 
 def train(
-    model: LanguageModel, corpus: Corpus, seconds: float, seed: int, device: torch.device
+    model: LanguageModel,
+    tokens: Tensor,
+    seconds: float,
+    seed: int,
+    device: torch.device,
+    batch: int = BATCH,
+    length: int = LENGTH,
+    rate: float = 4e-3,
 ) -> Training:
-    """AdamW for ``seconds`` and at least MIN_STEPS; the batches depend on the seed alone."""
+    """AdamW for ``seconds`` and at least MIN_STEPS on windows (batch, length) of a text; the batches
+    depend on the seed alone."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=1.0, betas=(0.9, 0.98), weight_decay=0.01)
     generator = torch.Generator().manual_seed(seed)
     losses: list[float] = []
@@ -53,13 +61,13 @@ def train(
     form = "{desc} {percentage:3.0f}% |{bar}| {n:.0f}/{total:.0f} s{postfix}"
     with tqdm(total=seconds, desc="training", bar_format=form) as bar:
         while len(losses) < MIN_STEPS or time.monotonic() - start < seconds:
-            tokens = sample_batch(corpus.train, BATCH, LENGTH, generator).to(device)
+            inputs = sample_batch(tokens, batch, length, generator).to(device)
             for group in optimizer.param_groups:
-                group["lr"] = learning_rate(len(losses))
+                group["lr"] = rate * learning_rate(len(losses))
             with torch.autocast("cuda", torch.bfloat16, enabled=device.type == "cuda"):
-                h = model(tokens)
-                # Position i predicts token i + 1; the (BATCH, LENGTH, VOCAB) logits never exist.
-                loss = linear_cross_entropy(h, model.lm_head.weight, tokens, shift=1)
+                h = model(inputs)
+                # Position i predicts token i + 1; the (batch, length, vocab) logits never exist.
+                loss = linear_cross_entropy(h, model.lm_head.weight, inputs, shift=1)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -74,8 +82,9 @@ def train(
 
 
 def learning_rate(done: int) -> float:
-    """Ten steps of warm-up, then constant, then 1/sqrt: a matter of the step, not of the clock."""
-    return 4e-3 * min((done + 1) / 10, 1.0, math.sqrt(150 / (done + 1)))
+    """Factor of the rate: ten steps of warm-up, then constant, then 1/sqrt: a matter of the step, not
+    of the clock."""
+    return min((done + 1) / 10, 1.0, math.sqrt(150 / (done + 1)))
 
 
 @torch.no_grad()
@@ -118,7 +127,7 @@ def gradient_error(config: Config, device: torch.device) -> float:
 def costs(config: Config, device: torch.device) -> tuple[Cost, Cost]:
     """One step with stored logits, and without; the two take turns."""
     methods, kind = ("eager", "cce"), "loss-fw-bw"
-    rows = measure(config, methods, (kind,), Timer(device), Effort(3, 1, 0))
+    rows = measure(config, Work(methods, (kind,)), Timer(device))
     found = {row["method"]: row for row in rows}
     for method in methods:
         if "error" in found[method]:
@@ -159,7 +168,7 @@ def main() -> None:
     )
     torch.manual_seed(args.seed)
     model = LanguageModel(corpus.vocab, LENGTH).to(device)
-    result = train(model, corpus, seconds, args.seed, device)
+    result = train(model, corpus.train, seconds, args.seed, device)
     model.eval()
     losses = token_losses(model, corpus.held_out, device)
     perplexity = losses.mean().exp().item()
