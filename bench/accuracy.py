@@ -106,11 +106,20 @@ def head_cases(
         yield Case(name, e[rows], c, targets[rows])
 
 
+_SWEPT = "cce, eps 2^-"
+
+
+def threshold(row: dict[str, Any]) -> int:
+    """K of a row that was measured with the threshold 2^-K, 0 of others."""
+    method = row["method"]
+    return int(method.removeprefix(_SWEPT)) if method.startswith(_SWEPT) else 0
+
+
 def accuracy_methods(names: Iterable[str], exponents: Iterable[int]) -> dict[str, Loss]:
     """The methods by name, and this package's with other thresholds."""
     found = {name: METHODS[name] for name in names}
     for exponent in exponents:
-        found[f"cce, eps 2^-{exponent}"] = functools.partial(cce, filter_eps=2.0**-exponent)
+        found[f"{_SWEPT}{exponent}"] = functools.partial(cce, filter_eps=2.0**-exponent)
     return found
 
 
@@ -163,7 +172,9 @@ def run(
     results: Results, cases: Iterable[Case], methods: dict[str, Loss], path: Path | None
 ) -> None:
     """Measures and prints the cases, saving after each."""
-    with tqdm(desc="accuracy", leave=False, bar_format="{desc} {n_fmt} {postfix}") as bar:
+    with tqdm(
+        desc="accuracy", leave=False, disable=None, bar_format="{desc} {n_fmt} {postfix}"
+    ) as bar:
         for case in cases:
             torch.compiler.reset()
             rows = measure_case(case, methods, bar)

@@ -8,6 +8,7 @@ large square matmul, and the bandwidth of a large copy.
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -69,19 +70,27 @@ def measure_roof(timer: Timer, dtype: torch.dtype, size: int) -> list[dict[str, 
         ("copy", copy, "gb_per_s", 2 * source.numel() * source.element_size() / 1e9),
     ):
         found = summarise(timer(call, 8, 2))
-        rows.append({"name": name, unit: work / (found.median / 1e3), "spread": found.spread})
+        rows.append(
+            {"name": name, "size": size, unit: work / (found.median / 1e3), "spread": found.spread}
+        )
     return rows
 
 
 def run_scaling(
-    results: Results, work: Work, dtype: str, data: str, timer: Timer, path: Path | None
+    results: Results,
+    work: Work,
+    dtype: str,
+    data: str,
+    timer: Timer,
+    path: Path | None,
+    choose: Callable[[list[Config]], Iterable[Config]] = iter,
 ) -> None:
-    """Measures the roof, then every size."""
+    """Measures the roof, then every size that ``choose`` lets pass."""
     gpu = timer.device.type == "cuda"
     size = 256 if work.quick else 8192 if gpu else 2048
     results.add("roof", measure_roof(timer, DTYPES[dtype], size))
     sweep = QUICK if work.quick else GPU if gpu else CPU
-    run(results, "scaling", configurations(sweep, dtype, data), work, timer, path)
+    run(results, "scaling", choose(configurations(sweep, dtype, data)), work, timer, path)
 
 
 def main() -> None:

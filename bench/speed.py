@@ -63,7 +63,7 @@ def measure(config: Config, work: Work, timer: Timer) -> list[Row]:
         for kind in work.kinds:
             entries.append((method, kind, make_call(kind, METHODS[method], problem)))
     steps = len(entries) * (effort.rounds + work.memory)
-    with tqdm(total=steps, desc=config.describe(), leave=False) as bar:
+    with tqdm(total=steps, desc=config.describe(), leave=False, disable=None) as bar:
         for _ in range(effort.rounds):
             for method, kind, call in entries:
                 bar.set_postfix_str(f"{method} {kind}")

@@ -54,7 +54,9 @@ def read_machine(limit: int) -> list[str]:
 def tokenize(texts: list[str], vocab: int) -> tuple[Tensor, Tensor, int]:
     """Tokens of the texts but every 40th, of those, and the size of the vocabulary: the most
     frequent pieces and, for all others, the 256 bytes."""
-    pieces = [_PIECES.findall(text) for text in tqdm(texts, desc="reading", leave=False)]
+    pieces = [
+        _PIECES.findall(text) for text in tqdm(texts, desc="reading", leave=False, disable=None)
+    ]
     training = [p for i, p in enumerate(pieces) if i % _HELD_OUT_EVERY]
     counts: Counter[str] = Counter()
     for p in training:
