@@ -104,8 +104,8 @@ class Full:
         if self.head is not None:
             head, name = load_head(self.head), f"trained head {self.head.stem}"
         else:
-            vocab, limit = (2048, 200_000) if self.quick else (32768, 12_000_000)
-            head = make_head(self.device, self.train_seconds, vocab, limit, None)
+            small = dict(vocab=2048, limit=200_000, count=256) if self.quick else {}
+            head = make_head(self.device, self.train_seconds, **small)
             name = "trained head"
         run_accuracy(self.results, head_cases(head, name, dtype, self.device), methods, self.path)
 

@@ -93,9 +93,16 @@ def harvest(
 
 
 def make_head(
-    device: torch.device, seconds: float, vocab: int, limit: int, path: Path | None, seed: int = 0
+    device: torch.device,
+    seconds: float,
+    vocab: int = 32768,
+    limit: int = 12_000_000,
+    count: int = 8192,
+    path: Path | None = None,
+    seed: int = 0,
 ) -> TrainedHead:
-    """Trains for ``seconds``, and keeps the result at ``path``."""
+    """Trains for ``seconds`` on up to ``limit`` characters of each root of sources, and keeps
+    ``count`` hidden states, at ``path`` if given."""
     training, held_out, size = tokenize(read_machine(limit), vocab)
     gpu = device.type == "cuda"
     width, depth, length, batch = (512, 6, 256, 64) if gpu else (128, 2, 128, 8)
@@ -108,7 +115,7 @@ def make_head(
     rate = 1.5e-3 if gpu else 4e-3
     run = train(model, training, seconds, seed, device, batch, length, rate)
     model.eval()
-    head = harvest(model, held_out, 8192, length, device)
+    head = harvest(model, held_out, count, length, device)
     loss = linear_cross_entropy(head.e, head.c, head.targets).item()
     print(f"{run.steps} steps; loss {run.last:.2f}, on text that was held out {loss:.2f}")
     if path is not None:
@@ -150,7 +157,7 @@ def main() -> None:
     parser.add_argument("--limit", type=int, default=12_000_000, help="characters of a source root")
     parser.add_argument("--out", type=Path, default=DEFAULT_PATH)
     args = parser.parse_args()
-    make_head(torch.device(args.device), args.seconds, args.vocab, args.limit, args.out)
+    make_head(torch.device(args.device), args.seconds, args.vocab, args.limit, path=args.out)
 
 
 if __name__ == "__main__":
