@@ -208,8 +208,8 @@ def run(
     with tqdm(
         desc="accuracy", leave=False, disable=None, bar_format="{desc} {n_fmt} {postfix}"
     ) as bar:
+        torch.compiler.reset()
         for case in cases:
-            torch.compiler.reset()
             rows = measure_case(case, methods, bar)
             show(rows)
             results.add("accuracy", rows)

@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from bench.results import CACHE
 from cce_ext import linear_cross_entropy
-from examples.demo import train
+from examples.demo import MIN_STEPS, train
 from examples.model import LanguageModel
 from examples.text import read_tree, unigram_entropy
 
@@ -98,11 +98,12 @@ def make_head(
     vocab: int = 32768,
     limit: int = 12_000_000,
     count: int = 8192,
+    least: int = MIN_STEPS,
     path: Path | None = None,
     seed: int = 0,
 ) -> TrainedHead:
-    """Trains for ``seconds`` on up to ``limit`` characters of each root of sources, and keeps
-    ``count`` hidden states, at ``path`` if given."""
+    """Trains for ``seconds``, at least ``least`` steps, on up to ``limit`` characters of each root of
+    sources; keeps ``count`` hidden states, at ``path`` if given."""
     training, held_out, size = tokenize(read_machine(limit), vocab)
     gpu = device.type == "cuda"
     width, depth, length, batch = (512, 6, 256, 64) if gpu else (128, 2, 128, 8)
@@ -113,7 +114,7 @@ def make_head(
         f"counts {unigram_entropy(training, size):.2f} nats; width {width}, {depth} layers"
     )
     rate = 1.5e-3 if gpu else 4e-3
-    run = train(model, training, seconds, seed, device, batch, length, rate)
+    run = train(model, training, seconds, seed, device, batch, length, rate, least)
     model.eval()
     head = harvest(model, held_out, count, length, device)
     loss = linear_cross_entropy(head.e, head.c, head.targets).item()
