@@ -127,26 +127,20 @@ def make_head(
 
 
 def load_head(path: Path) -> TrainedHead:
-    """A head that was kept: a file of this module, or a folder with head_e.npy (N, D), head_c*.npy (V,
-    D) in parts, both bfloat16 as int16 bit patterns, and head_t.npy (N,).
+    """A head that was kept: a file of this module, or a folder as bench/stored_head.py describes.
 
     Raises:
         FileNotFoundError: there is none.
     """
     if path.is_file():
         return TrainedHead(**torch.load(path, map_location="cpu", weights_only=True))
-    parts = sorted(path.glob("head_c*.npy"))
-    if not parts:
+    if not (path / "head_t.npy").is_file():
         raise FileNotFoundError(
             f"no trained head at {path}: `python -m bench.trained_head` makes one in a few minutes"
         )
-    import numpy as np
+    from bench.stored_head import load_head as load_folder  # needs NumPy
 
-    def bits(file: Path) -> Tensor:
-        return torch.from_numpy(np.load(file)).view(torch.bfloat16)
-
-    targets = torch.from_numpy(np.load(path / "head_t.npy")).long()
-    return TrainedHead(bits(path / "head_e.npy"), torch.cat([bits(p) for p in parts]), targets)
+    return TrainedHead(*load_folder(path))
 
 
 def main() -> None:
