@@ -76,6 +76,8 @@ TrainingResult training_forward_cuda(Tensor e, Tensor c, Tensor targets, std::op
                   {softcap, logit_scale, label_smoothing, ignore_index, vocab_start, vocab_total});
   STD_TORCH_CHECK(in.v < int64_t{1} << cuda::kCandidateIdBits,
                   "the sparse gradient takes a vocabulary of less than 2^25 ids");
+  STD_TORCH_CHECK(softcap == 0.0 || label_smoothing == 0.0,
+                  "label smoothing under a softcap has no sparse gradient");
   const Order order(row_order, row_count);
   const Tensor bias32 = fp32_bias(in.bias);
   const PartialBuffers partials(in, chosen, metrics, true);

@@ -25,14 +25,10 @@ struct CandidateSink {
   int row_block;
 
   // Room for `mine` entries of each lane, kMost at most. All lanes of the warp take part; no atomic unless the buffer is
-  // full. A lane with more than its share of the buffer, all but every column that it has, makes the block overflow.
+  // full. Frequent ids are neighbours in many vocabularies: all of a lane's columns may well be candidates.
   template <int kMost>
-  __device__ __forceinline__ uint2* reserve(int& mine) const {
-    constexpr int kShare = kEntries / 32;
-    if (kMost > kShare && mine > kShare) {
-      atomicMax(to.counts + row_block, static_cast<int>(to.capacity) + 1);
-      mine = 0;
-    }
+  __device__ __forceinline__ uint2* reserve(int mine) const {
+    static_assert(32 * kMost <= kEntries);
     const int lane = threadIdx.x % 32;
     int until = mine;  // of the lanes up to this one
 #pragma unroll

@@ -144,18 +144,22 @@ __device__ __forceinline__ float thread_sum_exp2(const float (&acc)[kElements], 
   return s0 + s1;
 }
 
+// How much an epilogue does: the streaming logsumexp of raw products with a positive factor; any logits, and what options
+// want; metrics too.
+enum class Mode { kPlain, kGeneral, kMetrics };
+
 // What options and metrics want of a row beside its maximum, over this thread's elements; with w = 2^(log2(e) z - reference).
 struct RowSums {
   float sum = 0.0f;       // Σ w
-  float weighted = 0.0f;  // Σ w z
-  float capped = 0.0f;    // Σ w softcap'(z)
-  float logits = 0.0f;    // Σ z of columns that exist
+  float weighted = 0.0f;  // Σ w z, for metrics
+  float extra = 0.0f;     // Σ w softcap'(z) if `capped`, else Σ z of columns that exist
 };
 
 // All of them in one pass: apart, the compiler would keep every w for the next one. A z of -inf weighs nothing.
-template <typename Columns, int kElements>
+template <typename Columns, bool kMetrics, int kElements>
 __device__ __forceinline__ RowSums thread_sums(const float (&z)[kElements], int h, float reference,
-                                               float inv_softcap, int first_col, int cols) {
+                                               bool capped, float inv_softcap, int first_col,
+                                               int cols) {
   RowSums s;
 #pragma unroll
   for (int j = 0; j < kElements / 4; ++j) {
@@ -164,9 +168,9 @@ __device__ __forceinline__ RowSums thread_sums(const float (&z)[kElements], int 
       const float x = z[4 * j + 2 * h + e];
       const float w = ptx::ex2(fmaf(x, kLog2E, -reference));
       s.sum += w;
-      s.weighted += w == 0.0f ? 0.0f : w * x;
-      s.capped += w == 0.0f ? 0.0f : w * core::softcap_grad(x, inv_softcap);
-      s.logits += first_col + Columns::at(j) + e < cols ? x : 0.0f;
+      if (kMetrics) s.weighted += w == 0.0f ? 0.0f : w * x;
+      const bool counts = capped ? w != 0.0f : first_col + Columns::at(j) + e < cols;
+      s.extra += counts ? (capped ? w * core::softcap_grad(x, inv_softcap) : x) : 0.0f;
     }
   }
   return s;

@@ -3,6 +3,7 @@
 
 #include <algorithm>
 
+#include "cuda/common/epilogue.cuh"
 #include "cuda/common/work.cuh"
 #include "cuda/device_info.h"
 
@@ -22,6 +23,13 @@ inline Work make_work(const Head& head, int64_t n, int tiles_per_split, int bloc
   w.splits = (w.column_tiles + tiles_per_split - 1) / tiles_per_split;
   w.superblock = superblock_rows(head.e.cols + head.u.cols, block_m);
   return w;
+}
+
+// How much the forward's epilogue has to do.
+inline Mode mode_of(const ForwardParams& p) {
+  if (p.partials.weighted) return Mode::kMetrics;
+  const bool plain = LogitParams(p.head.options, p.head.bias, p.head.c.rows).plain();
+  return plain && !p.partials.logit_sum ? Mode::kPlain : Mode::kGeneral;
 }
 
 // One persistent block on each multiprocessor that can have work.

@@ -5,19 +5,25 @@
 namespace cce::cuda::sm80 {
 namespace {
 
-template <typename T, typename Config, bool kGeneral, bool kTraining>
+template <typename T, typename Config, Mode kMode, bool kTraining>
 cudaError_t launch_mode(const ForwardParams& p, cudaStream_t stream) {
   const Work work = make_work(p.head, p.n, p.tiles_per_split, Config::kBlockM, Config::kBlockN);
   const LogitParams logits(p.head.options, p.head.bias, p.head.c.rows);
-  return launch<Config>(forward_mainloop<T, Config, kGeneral, kTraining>,
+  return launch<Config>(forward_mainloop<T, Config, kMode, kTraining>,
                         forward_shared_bytes<Config>(kTraining), work, stream, logits, p.partials,
                         p.candidates, p.n, static_cast<int>(p.head.first_col));
 }
 
-template <typename T, typename Config, bool kGeneral>
+template <typename T, typename Config, Mode kMode>
 cudaError_t run(const ForwardParams& p, cudaStream_t stream) {
-  return p.candidates.pool ? launch_mode<T, Config, kGeneral, true>(p, stream)
-                           : launch_mode<T, Config, kGeneral, false>(p, stream);
+  return p.candidates.pool ? launch_mode<T, Config, kMode, true>(p, stream)
+                           : launch_mode<T, Config, kMode, false>(p, stream);
+}
+
+template <typename T, typename Config>
+cudaError_t run(const ForwardParams& p, cudaStream_t stream) {
+  return mode_of(p) == Mode::kPlain ? run<T, Config, Mode::kPlain>(p, stream)
+                                    : run<T, Config, Mode::kMetrics>(p, stream);
 }
 
 template <typename Config>
@@ -27,12 +33,9 @@ bool fits() {
 
 template <typename T>
 cudaError_t choose(const ForwardParams& p, cudaStream_t stream) {
-  const bool plain = LogitParams(p.head.options, p.head.bias, p.head.c.rows).plain() &&
-                     !p.partials.logit_sum && !p.partials.weighted;
-  if (fits<Huge>()) return plain ? run<T, Huge, false>(p, stream) : run<T, Huge, true>(p, stream);
-  if (fits<Large>())
-    return plain ? run<T, Large, false>(p, stream) : run<T, Large, true>(p, stream);
-  return run<T, Small, true>(p, stream);
+  if (fits<Huge>()) return run<T, Huge>(p, stream);
+  if (fits<Large>()) return run<T, Large>(p, stream);
+  return run<T, Small, Mode::kMetrics>(p, stream);
 }
 
 }  // namespace

@@ -27,7 +27,7 @@ constexpr int forward_shared_bytes(bool training) {
 }
 
 // kTraining: look for candidates.
-template <typename T, typename Config, bool kGeneral, bool kTraining>
+template <typename T, typename Config, Mode kMode, bool kTraining>
 __global__ void __launch_bounds__(Config::kThreads, 1)
     forward_mainloop(const __grid_constant__ Work work, const LogitParams logits,
                      const Partials out, const Candidates candidates, int64_t ld, int first_col) {
@@ -40,39 +40,35 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
   Cursor at(work, row_blocks);
   if (at.done()) return;
   Mainloop<T, Config> mainloop(work, shared, row_blocks);
-  const auto start_row = [&](int row_block) {
-    reset_row(states, threadIdx.x, kGeneral);
-    if constexpr (kTraining) {
-      set_cut(states, threadIdx.x, candidates, work.row_order,
-              row_block * Config::kBlockM + static_cast<int>(threadIdx.x), count);
-    }
-  };
-  if (threadIdx.x < Config::kBlockM) start_row(at.row_block);
+  if (threadIdx.x < Config::kBlockM) reset_row(states, threadIdx.x);
 
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int group = warp / Config::kWarpsM;
   const int warp_row = warp % Config::kWarpsM * Config::kWarpM + lane / 4;
-  const float scale = kGeneral ? kLog2E : logits.logit_scale * kLog2E;
+  const float scale = kMode != Mode::kPlain ? kLog2E : logits.logit_scale * kLog2E;
   using Columns = typename Mainloop<T, Config>::Columns;
   typename Mainloop<T, Config>::Accumulators acc;
   while (!at.done()) {
     mainloop.multiply(acc);
     const int first = at.tile * Config::kBlockN + group * Config::kWarpN + Columns::first();
     const bool ragged = (at.tile + 1) * Config::kBlockN > logits.cols;
-    const CandidateSink<Config::kWarps, kBufferedCandidates, 16> sink{buffers, warp, candidates,
+    const CandidateSink<Config::kWarps, kBufferedCandidates, 8> sink{buffers, warp, candidates,
                                                                       at.row_block};
 #pragma unroll
     for (int m = 0; m < Config::kMmaM; ++m) {
-      if constexpr (kGeneral) {
+      if constexpr (kMode != Mode::kPlain) {
         make_logits<Columns, true>(acc[m], logits, first, -INFINITY);
       } else if (ragged) {
         mask_columns<Columns>(acc[m], first, logits.cols, -INFINITY);
       }
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
-        fold_row<kGeneral, kTraining, Columns>(acc[m], h, states, group, warp_row + 16 * m + 8 * h,
-                                               scale, first_col, first, logits, out,
-                                               candidates.log2_eps, sink);
+        const int row = warp_row + 16 * m + 8 * h;
+        float cut = 0.0f;
+        if constexpr (kTraining)
+          cut = row_cut(candidates, work.row_order, at.row_block * Config::kBlockM + row, count);
+        fold_row<kMode, kTraining, Columns>(acc[m], h, states, group, row, scale, first_col,
+                                               first, logits, out, cut, candidates.log2_eps, sink);
       }
     }
     const int row_block = at.row_block;
@@ -82,9 +78,9 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
       __syncthreads();
       if (threadIdx.x < Config::kBlockM) {
         const int position = row_block * Config::kBlockM + threadIdx.x;
-        write_partial<kGeneral>(states, threadIdx.x, out, split * ld + position, first_col,
+        write_partial<kMode>(states, threadIdx.x, out, split * ld + position, first_col,
                                 position < count);
-        start_row(at.row_block);
+        reset_row(states, threadIdx.x);
       }
       // The next tile's mainloop has a barrier before anybody folds into the cleared rows.
     }

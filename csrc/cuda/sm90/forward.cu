@@ -5,27 +5,32 @@
 namespace cce::cuda::sm90 {
 namespace {
 
-template <typename T, bool kGeneral, bool kTraining>
+template <typename T, Mode kMode, bool kTraining>
 cudaError_t run(const ForwardParams& p, cudaStream_t stream) {
   const Work work = make_work(p.head, p.n, p.tiles_per_split, Config::kBlockM, Config::kBlockN);
   Maps maps = {};
   const cudaError_t error = make_maps(p.head, Config::kBlockM, Config::kBlockN, &maps);
   if (error != cudaSuccess) return error;
-  return launch<Config>(forward_mainloop<T, kGeneral, kTraining>, forward_shared_bytes(kTraining),
+  return launch<Config>(forward_mainloop<T, kMode, kTraining>, forward_shared_bytes(kTraining),
                         work, stream, maps, LogitParams(p.head.options, p.head.bias, p.head.c.rows),
                         p.partials, p.candidates, p.n, static_cast<int>(p.head.first_col));
 }
 
-template <typename T, bool kGeneral>
+template <typename T, Mode kMode>
 cudaError_t choose(const ForwardParams& p, cudaStream_t stream) {
-  return p.candidates.pool ? run<T, kGeneral, true>(p, stream) : run<T, kGeneral, false>(p, stream);
+  return p.candidates.pool ? run<T, kMode, true>(p, stream) : run<T, kMode, false>(p, stream);
 }
 
 template <typename T>
 cudaError_t choose(const ForwardParams& p, cudaStream_t stream) {
-  const bool plain = LogitParams(p.head.options, p.head.bias, p.head.c.rows).plain() &&
-                     !p.partials.logit_sum && !p.partials.weighted;
-  return plain ? choose<T, false>(p, stream) : choose<T, true>(p, stream);
+  switch (mode_of(p)) {
+    case Mode::kPlain:
+      return choose<T, Mode::kPlain>(p, stream);
+    case Mode::kGeneral:
+      return choose<T, Mode::kGeneral>(p, stream);
+    default:
+      return choose<T, Mode::kMetrics>(p, stream);
+  }
 }
 
 }  // namespace
