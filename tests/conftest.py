@@ -1,5 +1,5 @@
-"""What must hold before any test module is imported: no downloads, Triton's interpreter where there is no GPU, and no tests of
-what is not installed."""
+"""What must hold before any test module is imported: no downloads, Triton's interpreter where there
+is no GPU, and no tests of what is not installed."""
 
 import os
 from importlib.util import find_spec
