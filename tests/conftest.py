@@ -14,6 +14,7 @@ if not torch.cuda.is_available():
 
 NEEDS = {
     "test_transformers*.py": ("transformers",),
+    "test_examples.py": ("transformers", "peft", "tqdm"),
     "test_training.py": ("transformers", "accelerate", "peft", "tqdm"),
 }
 

@@ -154,7 +154,8 @@ def test_data_of_the_hub(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def launched(folder: Path, launch: str, output: str, *more: str) -> float:
     """eval_loss of training/finetune_llama.sh on a tiny model, by `accelerate launch`."""
     environment = os.environ | {
-        "ACCELERATE_USE_CPU": "true", "PYTHON": sys.executable, "LAUNCH": f"--num_machines 1 {launch}", "MODEL": str(folder),
+        "ACCELERATE_USE_CPU": "true", "LAUNCH": f"--num_machines 1 {launch}",
+        "PYTHON": sys.executable, "MODEL": str(folder),
         "DATA": str(folder / "a.jsonl"), "OUTPUT": str(folder / output), "OMP_NUM_THREADS": "1",
         "PYTHONPATH": str(ROOT), "MASTER_ADDR": "127.0.0.1",
     }  # fmt: skip
