@@ -53,7 +53,7 @@ SIZES: dict[str, Any] = {
     "full_attention_interval": 2,
     **dict.fromkeys(("mamba_n_groups", "n_groups", "attn_layer_offset"), 1),
     "attn_layer_period": 2,
-    "chunk_size": 8,
+    **dict.fromkeys(("chunk_size", "mamba_chunk_size"), 8),
 }
 # Chains between output layer and loss, made such that leaving one out would be noticed.
 CHAINS = {

@@ -102,6 +102,8 @@ def cce_patch(
     filter_e_grad: bool = True,
     filter_c_grad: bool = True,
     train_only: bool = False,
+    *,
+    return_metrics: bool = False,
 ) -> TransformersModelT | None:
     """Makes a transformers model compute its loss without logits when it is called with labels.
 
@@ -118,6 +120,10 @@ def cce_patch(
         reduction: "mean" (over the labels that count, or num_items_in_batch if it is given),
             "sum" or "none" (the loss of each token; (B, T - 1), or (B, T) with shift_labels).
         train_only: leave the model alone in eval mode, where its logits may be wanted.
+        return_metrics: give outputs an attribute ``token_metrics``: target log-probability, most
+            likely token, whether it is right, and entropy of each token, without gradient
+            (:class:`cce_ext.TokenMetrics`, in the shape of reduction="none"). It is missing where
+            logits are stored, and from tuples (return_dict=False).
 
     Returns:
         The model that was given; None for a model type.
@@ -137,6 +143,7 @@ def cce_patch(
         filter_e_grad,
         filter_c_grad,
         train_only,
+        return_metrics,
     )
     cce_unpatch(model_type_or_model)
     for target in _targets(model_type_or_model):
@@ -239,6 +246,8 @@ def _patched(patch: _Patch) -> Callable[..., Any]:
                     output = without_memory(original(self, *args, **kwargs))
                 state.stored = call.stored
                 _tell(self, call.stored)
+                if call.metrics is not None and not isinstance(output, tuple):
+                    output.token_metrics = call.metrics
                 return output
             except UnexplainedError as error:
                 state.stored = str(error)
