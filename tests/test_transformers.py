@@ -72,6 +72,10 @@ def test_family(kind: str) -> None:
             raise
         pytest.skip(f"cannot be built by the general rule: {str(error).splitlines()[0]}")
     check_family(model, kind in CORE)
+    known = families.documented()
+    if known is not None:
+        # docs/families.md, which `python -m tests.families` writes
+        assert known[type(model).__name__] == audit(model).fused
 
 
 def check_family(model: nn.Module, must_fuse: bool) -> None:
