@@ -300,6 +300,14 @@ def test_saved_and_pickled_models(llama: nn.Module, tmp_path: Path) -> None:
         assert is_fused(cce_patch(other), **inputs)
 
 
+def test_wrapped_after_patching(llama: nn.Module) -> None:
+    """By something that hides what it wraps."""
+    cce_patch(llama)
+    inner = llama.forward
+    llama.forward = lambda *args, **kwargs: inner(*args, **kwargs)
+    assert is_fused(llama, **families.batch(llama))
+
+
 def test_a_call_that_fails_leaves_nothing_behind(llama: nn.Module) -> None:
     cce_patch(llama)
     inputs = families.batch(llama)

@@ -228,7 +228,8 @@ def _patched(patch: _Patch) -> Callable[..., Any]:
         if labels is None and position is not None and position < len(args):
             labels = args[position]
         skipped = not patch.enabled or (patch.options.train_only and not self.training)
-        if labels is None or skipped or _active_patch(self) is not patch:
+        # None where something wraps the forward that does not say what it wraps.
+        if labels is None or skipped or _active_patch(self) not in (None, patch):
             return original(self, *args, **kwargs)
         state = _state_of(self)
         state.stored = obstacle(self)
@@ -293,9 +294,14 @@ def _tell(model: Any, reason: str) -> None:
 
 
 def _patch_of(forward: Any) -> _Patch | None:
-    """The patch of a forward, also where something else wraps it (functools.wraps copies it)."""
-    patch = getattr(forward, "cce", None)
-    return patch if isinstance(patch, _Patch) and patch.enabled else None
+    """The patch of a forward, also where something else wraps it: functools.wraps copies it, and
+    accelerate's mixed precision leaves nothing but __wrapped__."""
+    while forward is not None:
+        patch = getattr(forward, "cce", None)
+        if isinstance(patch, _Patch) and patch.enabled:
+            return patch
+        forward = getattr(forward, "__wrapped__", None)
+    return None
 
 
 def _active_patch(model: Any) -> _Patch | None:
@@ -318,7 +324,7 @@ def _unbound(model: Any, previous: Any) -> Callable:
     else:
         forward = functools.wraps(previous)(lambda _, *args, **kwargs: previous(*args, **kwargs))
     patch = _patch_of(forward)
-    return patch.original if patch else forward
+    return patch.original if patch and forward is patch.function else forward
 
 
 def _targets(model_type_or_model: Any) -> list[Any]:
