@@ -153,7 +153,7 @@ def linear_cross_entropy(
     flat_targets = targets.reshape(-1)
     flat_e = e.reshape(flat_targets.shape[0], e.shape[-1])
     resolved = resolve_filter(
-        name, filter_eps, filter_e_grad, filter_c_grad, e.dtype, bool(head.adapters)
+        name, filter_eps, filter_e_grad, filter_c_grad, _compute_dtype(e), bool(head.adapters)
     )
     facts = dict(
         device=str(e.device),

@@ -94,8 +94,8 @@ def lower_bounds(
     b_columns = None if lora_b is None else lora_b[ids].to(e.dtype).T
     sampled_bias = None if bias is None else bias[ids].float()
     parts = []
-    for rows in torch.arange(n).split(_BOUND_ROWS):
-        part = slice(int(rows[0]), int(rows[-1]) + 1)
+    for first in range(0, n, _BOUND_ROWS):
+        part = slice(first, first + _BOUND_ROWS)
         products = torch.mm(e[part], columns, out_dtype=torch.float32)
         if u is not None:
             products = torch.addmm(products, u[part], b_columns, out_dtype=torch.float32)
@@ -126,7 +126,7 @@ def forward(
 ) -> tuple[Tensor, ...]:
     """The CUDA kernel of ``cce::sparse_ce_forward``: the seven results of ``linear_ce_forward``,
     then the fields of `Lists`."""
-    n, v = e.shape[0], c.shape[0]
+    v = c.shape[0]
     vocab_total = vocab_total or vocab_start + v
     targets = targets.long().contiguous()
     e = readable(e, e.dtype)
@@ -137,80 +137,119 @@ def forward(
         e, c, targets, bias, u, lora_b, target_logit, order, count, softcap, logit_scale, vocab_start
     )  # fmt: skip
     options = (ignore_index, softcap, logit_scale, label_smoothing, vocab_start, vocab_total)
-    nll, lse, logit_sum, max_logit, argmax, entropy, max_sum, capped, pool, found = (
-        torch.ops.cce.training_forward(
-            e, c, targets, bias, u, lora_b, *options, metrics, order, count, target_logit, bound2,
-            eps, candidate_capacity(n, v, eps),
-        )
-    )  # fmt: skip
-    lists = _lists(
-        (pool, found, bound2, order, count, lse, target_logit, targets, eps),
+    rows, found, keys, logits = _collect(
+        (e, c, targets, bias, u, lora_b, *options, metrics, order, count, target_logit, bound2),
+        eps,
         (ignore_index, v, vocab_start, vocab_total),
-        max_sum,
-        capped,
-        softcap,
     )
-    return (nll, lse, target_logit, logit_sum, max_logit, argmax, entropy, *lists)
+    keys, logits = torch.ops.cce.sort_pairs(keys, logits, found.id_bits + found.row_bits)
+    lists = _lists(found, keys, logits, order, count, rows.lse, targets, ignore_index, softcap, v)
+    return (rows.nll, rows.lse, target_logit, *rows[2:], *lists)
 
 
-def _lists(
-    pooled: tuple, place: tuple[int, int, int, int], max_sum: Tensor, capped: Tensor, softcap: float
-) -> Lists:
-    """The lists of kept entries, from the candidates and the final lse."""
-    pool, found, _, order, count, lse, _, targets, eps = pooled
-    ignore_index, v = place[:2]
-    n, device = targets.shape[0], targets.device
+class _Rows(NamedTuple):
+    """What the forward says of each row (N,); empty where it was not asked for."""
+
+    nll: Tensor
+    lse: Tensor
+    logit_sum: Tensor
+    max_logit: Tensor
+    argmax: Tensor
+    entropy: Tensor
+
+
+class _Found(NamedTuple):
+    """What goes with the kept entries. A key is the row's position, then one bit for hot ids, then
+    the id."""
+
+    id_bits: int
+    row_bits: int
+    hot_ids: Tensor
+    slots: Tensor
+    exact: Tensor  # (row blocks,) uint8: blocks that go the exact way
+    max_sum: Tensor  # (splits, N, 2): partials of the forward
+    capped: Tensor  # (splits, N) or empty
+    tally: Tensor
+
+
+def _collect(
+    inputs: tuple, eps: float, place: tuple[int, int, int, int]
+) -> tuple[_Rows, _Found, Tensor, Tensor]:
+    """The forward, and the kept ones of its candidates, whose memory is free again afterwards:
+    keys (K,) int64, all ones beyond the last entry, and logits (K,)."""
+    targets, (order, count, target_logit, bound2) = inputs[2], inputs[-4:]
+    n, v, device = targets.shape[0], place[1], targets.device
+    nll, lse, *others, max_sum, capped, pool, counts = torch.ops.cce.training_forward(
+        *inputs, eps, candidate_capacity(n, v, eps)
+    )
+    pooled = (pool, counts, bound2, order, count, lse, target_logit, targets, eps, *place)
+    kept, exact, column_counts = torch.ops.cce.count_kept(*pooled)  # kept: (row blocks, parts)
     capacity = kept_capacity(n, v, eps)
-    kept, exact, column_counts = torch.ops.cce.count_kept(*pooled, *place)
-    ends = kept.cumsum(0)
-    exact = exact | (ends > capacity).to(torch.uint8)
+    ends = kept.flatten().cumsum(0).view_as(kept)
+    exact = exact | (ends[:, -1] > capacity).to(torch.uint8)
     # A larger number than any position and id, in as many bits.
     id_bits, row_bits = v.bit_length(), n.bit_length() + 1
     nothing = (1 << (id_bits + row_bits)) - 1
-    hot_ids, slots = _hot_ids(column_counts)
+    hot_ids, slots = _hot_ids(column_counts, n)
     keys = torch.full((capacity,), nothing, device=device, dtype=torch.int64)
     logits = torch.zeros(capacity, device=device)
-    torch.ops.cce.write_kept(*pooled, *place, exact, ends - kept, slots, id_bits, keys, logits)
-    keys, logits = torch.ops.cce.sort_pairs(keys, logits, id_bits + row_bits)
+    torch.ops.cce.write_kept(*pooled, exact, ends - kept, slots, id_bits, keys, logits)
+    tally = torch.stack(
+        [
+            counts.sum(),
+            kept.sum(),
+            (counts > pool.shape[1]).sum(),
+            (count[0].long() + _ROW_BLOCK - 1) // _ROW_BLOCK,
+        ]
+    )
+    found = _Found(id_bits, row_bits, hot_ids, slots, exact, max_sum, capped, tally)
+    return _Rows(nll, lse, *others), found, keys, logits
+
+
+def _lists(
+    found: _Found,
+    keys: Tensor,
+    logits: Tensor,
+    order: Tensor,
+    count: Tensor,
+    lse: Tensor,
+    targets: Tensor,
+    ignore_index: int,
+    softcap: float,
+    v: int,
+) -> Lists:
+    """The lists of kept entries, from sorted keys and logits, and the mass of the others."""
+    n, device, id_bits = targets.shape[0], targets.device, found.id_bits
     starts = torch.arange(2 * n + 1, device=device) << id_bits
     boundaries = torch.searchsorted(keys, starts, out_int32=True)
     row_first, row_hot = boundaries[::2].contiguous(), boundaries[1::2].contiguous()
     ids = (keys & ((1 << id_bits) - 1)).int()
     rows = order[(keys >> (id_bits + 1)).clamp_(max=n - 1)]
-    del keys
-    numbers = torch.arange(capacity, device=device, dtype=torch.int32)
+    numbers = torch.arange(ids.shape[0], device=device, dtype=torch.int32)
     sorted_ids, by_id = torch.ops.cce.sort_pairs(ids, numbers, id_bits)
     columns = torch.arange(v + 1, device=device, dtype=torch.int32)
     column_first = torch.searchsorted(sorted_ids, columns, out_int32=True)
     mass = torch.ops.cce.dropped_mass(
-        max_sum, capped, row_first, row_hot, ids, logits, order, count, lse, v, softcap
+        found.max_sum, found.capped, row_first, row_hot, ids, logits, order, count, lse, v, softcap
     )
     exact_rows = torch.zeros(n, device=device, dtype=torch.bool)
-    exact_rows[order.long()] = exact.bool().repeat_interleave(_ROW_BLOCK)[:n]
+    exact_rows[order.long()] = found.exact.bool().repeat_interleave(_ROW_BLOCK)[:n]
     exact_rows &= targets != ignore_index
-    tally = torch.stack(
-        [
-            found.sum(),
-            kept.sum(),
-            (found > pool.shape[1]).sum(),
-            (count[0].long() + _ROW_BLOCK - 1) // _ROW_BLOCK,
-        ]
-    )
     return Lists(
-        rows, ids, logits, by_id, row_first, row_hot, column_first, hot_ids, slots, mass, exact_rows,
-        order, tally,
+        rows, ids, logits, by_id, row_first, row_hot, column_first, found.hot_ids, found.slots, mass,
+        exact_rows, order, found.tally,
     )  # fmt: skip
 
 
-def _hot_ids(counts: Tensor) -> tuple[Tensor, Tensor]:
+def _hot_ids(counts: Tensor, n: int) -> tuple[Tensor, Tensor]:
     """The ids with the largest counts (V,), ascending, and the place (V,) of each id among them, or
-    -1. Ties go to the smaller id, so that every run chooses the same."""
+    -1. Ties go to the smaller id, so that every run chooses the same. n: no count is larger."""
     v = counts.shape[0]
-    ids = torch.arange(v, device=counts.device)
-    ranked = (counts.long() + 1) * v - ids
-    hot = ranked.topk(min(HOT_IDS, v), sorted=False).indices.sort().values
+    ids = torch.arange(v, device=counts.device, dtype=torch.int32)
+    _, ranked = torch.ops.cce.sort_pairs(n - counts, ids, n.bit_length())
+    hot = ranked[: min(HOT_IDS, v)].sort().values.long()
     slots = torch.full((v,), -1, device=counts.device, dtype=torch.int32)
-    slots[hot] = torch.arange(hot.shape[0], device=counts.device, dtype=torch.int32)
+    slots[hot] = ids[: hot.shape[0]]
     return hot, slots
 
 

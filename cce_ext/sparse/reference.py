@@ -3,6 +3,7 @@ checked against."""
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -86,12 +87,14 @@ def sparse_gradients(
     """
     z = logits(e, c, bias, u, lora_b, options)
     n, vocab = z.shape
+    scale, smoothing = options.logit_scale, options.label_smoothing
     valid = targets != options.ignore_index
     slot = torch.where(valid, targets.long(), 0)
     is_target = torch.zeros_like(z, dtype=torch.bool).scatter_(1, slot[:, None], valid[:, None])
     lse = torch.logsumexp(z, -1)
     p = torch.exp(z - lse[:, None])
-    capped = 1 - (z / options.softcap) ** 2 if options.softcap else torch.ones_like(z)
+    capped = 1 - (z / options.softcap) ** 2 if options.softcap else None
+    weight = p if capped is None else p * capped
 
     def upstream(x: Tensor | None) -> Tensor:
         return torch.zeros_like(lse) if x is None else torch.where(valid, x.to(z.dtype), 0)
@@ -105,46 +108,46 @@ def sparse_gradients(
     if frequent.numel():
         bound = torch.maximum(bound, torch.logsumexp(z[:, frequent], -1))
     bound = torch.maximum(bound, z.gather(1, slot[:, None])[:, 0]) - 0.01
-    candidate = (z >= bound[:, None] + torch.log(torch.tensor(eps))) if eps > 0 else z == z
+    candidate = (z >= bound[:, None] + math.log(eps)) if eps > 0 else z == z
     kept = (p >= eps) & ~is_target
-    count = tail.groups(vocab)
-    padding = count * tail.GROUP - vocab
+    keeps = kept | is_target
+    kept_weight = torch.where(keeps, weight, 0)
 
     def by_group(x: Tensor) -> Tensor:
-        padded = torch.nn.functional.pad(x, (0, padding))
-        return padded.unflatten(1, (count, tail.GROUP)).sum(2)
+        return torch.stack([part.sum(1) for part in x.split(tail.GROUP, 1)], 1)
 
-    keeps = kept | is_target
-    mass = by_group(p * capped) - by_group(torch.where(keeps, p * capped, 0))
-    mass = torch.where(valid[:, None], mass.clamp(min=0), 0)
+    mass = (by_group(weight) - by_group(kept_weight)).clamp(min=0)
+    mass = torch.where(valid[:, None], mass, 0)
 
     # Which rows go the exact way.
     exact = _overflowed(candidate, valid, capacity) | _blocks(bound > lse, valid)
     share = tail.dropped_share(torch.where(exact, 0, a), mass.sum(1))
-    exact = (exact | (share > tail.FLAT)) & valid
+    # A smoothed target under a softcap has a tail of another shape. A NaN share is exact too.
+    never = bool(smoothing and options.softcap)
+    exact = (exact | ~(share <= tail.FLAT) | never) & valid
 
     # Backward: the shape of the tail, then kept entries and tail together.
-    scale = options.logit_scale
-    everything = a[:, None] * p - d[:, None] * (
-        (1 - options.label_smoothing) * is_target + options.label_smoothing / vocab
-    )
-    everything = everything * capped * scale
     a_sparse, d_sparse = torch.where(exact, 0, a), torch.where(exact, 0, d)
     sample = tail.sample_rows(a_sparse, mass.sum(1))
     classes = tail.classify(e, u, sample.rows)
-    dropped = torch.where(keeps, 0, p * capped)[sample.rows] * sample.weight[sample.rows, None]
+    dropped = torch.where(keeps[sample.rows], 0, weight[sample.rows])
+    dropped *= sample.weight[sample.rows, None]
     weights = tail.one_hot(classes[sample.rows], tail.CLASSES, z.dtype).T @ dropped
-    uniform = None
-    if options.label_smoothing:
-        uniform = -scale * d_sparse * (options.label_smoothing / vocab)
-    spread = tail.spread(scale * a_sparse[:, None] * mass, classes, tail.shapes(weights), uniform)
-    dense = torch.einsum(
-        "nkj,kj->nj", spread.mass.repeat_interleave(tail.GROUP, 2)[..., :vocab], spread.shape
+    spread = tail.Spread(
+        scale * a_sparse[:, None] * mass,
+        classes,
+        tail.shapes(weights),
+        -scale * d_sparse * (smoothing / vocab) if smoothing else None,
     )
-    target_part = d[:, None] * (1 - options.label_smoothing) * is_target
-    kept_part = torch.where(keeps, (a[:, None] * p - target_part) * capped * scale, 0)
-    g = torch.where(exact[:, None], everything, kept_part + dense)
-    g = torch.where(valid[:, None], g, 0)
+    target_part = d * (1 - smoothing) * scale
+    if capped is not None:
+        target_part = target_part * capped.gather(1, slot[:, None])[:, 0]
+    target_part = torch.zeros_like(z).scatter_(1, slot[:, None], target_part[:, None])
+    g = kept_weight.mul_(scale * a[:, None]).sub_(target_part).add_(tail.dense(spread))
+    everything = a[exact, None] * p[exact] - d[exact, None] * (smoothing / vocab)
+    everything -= (d * (1 - smoothing))[exact, None] * is_target[exact]
+    g[exact] = everything * scale if capped is None else everything * scale * capped[exact]
+    g[~valid] = 0
     return SparseGradients(
         g @ c,
         g.T @ e,

@@ -12,8 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-#: ids of a vocabulary group
-GROUP = 4096
+#: ids of a vocabulary group: a whole number of the kernels' column tiles (192 and 256), as in csrc/cuda/params.h
+GROUP = 4608
 #: classes of rows, each with a tail shape of its own
 CLASSES = 8
 #: rows whose logits are computed again to learn the shapes
@@ -22,6 +22,10 @@ SAMPLE = 256
 _SHARED = 1e-3
 #: share of the probability mass that may be dropped; flatter calls take the exact path
 FLAT = 0.10
+# Rows that drop less than this have no tail worth a sample, and 1 / mass would not be finite.
+_NOTHING = 1e-30
+# What shapes are multiplied by in float16, whose numbers end at 6e-8: they are about 1 / GROUP.
+_LIFT = 64.0
 
 
 def groups(vocab: int) -> int:
@@ -35,7 +39,7 @@ def dropped_share(a: Tensor, mass: Tensor) -> Tensor:
     """
     weight = a.abs()
     total = weight.sum()
-    return torch.where(total > 0, (weight * mass).sum() / total, 0)
+    return torch.where(total == 0, 0, (weight * mass).sum() / total)  # NaN stays NaN
 
 
 class Sample(NamedTuple):
@@ -54,7 +58,7 @@ def sample_rows(a: Tensor, mass: Tensor) -> Sample:
     does not depend on the order of a parallel sum.
     """
     n = a.shape[0]
-    share = a.abs() * mass
+    share = torch.where(mass > _NOTHING, a.abs() * mass, 0)
     top = share.max()
     # 2^40 steps for the largest row; a million rows of them still fit.
     steps = torch.where(top > 0, share.double() / top.double() * 2.0**40, 0).ceil().long()
@@ -112,25 +116,42 @@ def shapes(weights: Tensor) -> Tensor:
 
 
 class Spread(NamedTuple):
-    """The tail as two factors: tail[n, j] = Σ_k mass[n, k, group(j)] shape[k, j]."""
+    """The tail in pieces: tail[n, j] = mass[n, group(j)] shape[classes[n], j] + uniform[n]."""
 
-    mass: Tensor  # (N, K, G)
+    mass: Tensor  # (N, G): dropped mass times what scales it
+    classes: Tensor  # (N,)
     shape: Tensor  # (K, V)
+    uniform: Tensor | None  # (N,): what label smoothing adds to each of a row's entries
 
 
-def spread(mass: Tensor, classes: Tensor, shape: Tensor, uniform: Tensor | None) -> Spread:
-    """The factors of every row's tail.
+def dense(tail: Spread) -> Tensor:
+    """The whole tail (N, V), for the reference."""
+    mass = tail.mass.repeat_interleave(GROUP, 1)[:, : tail.shape.shape[1]]
+    result = mass * tail.shape[tail.classes]
+    return result if tail.uniform is None else result + tail.uniform[:, None]
 
-    Shapes: mass (N, G): dropped mass times what scales it; classes (N,); shape (K, V); uniform (N,)
-    or None: what label smoothing adds to each of a row's entries, one more class with a shape of
-    ones.
-    """
-    by_class = mass[:, None, :] * one_hot(classes, shape.shape[0], mass.dtype)[:, :, None]
+
+def _factors(tail: Spread, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor | float]:
+    """mass (N, K, G), shape (K, V) and a unit: tail[n, j] = Σ_k mass[n, k, group(j)] shape[k, j]
+    unit, the factors in ``dtype``. What label smoothing adds is one more class."""
+    n, g = tail.mass.shape
+    k = tail.shape.shape[0]
+    mass, shape, uniform, unit = tail.mass, tail.shape, tail.uniform, 1.0
     if uniform is not None:
-        everywhere = uniform[:, None, None].expand(-1, 1, mass.shape[1])
-        by_class = torch.cat([by_class, everywhere], 1)
-        shape = torch.cat([shape, shape.new_ones(1, shape.shape[1])])
-    return Spread(by_class, shape)
+        uniform = uniform * GROUP
+        shape = torch.cat([shape, shape.new_full((1, shape.shape[1]), 1 / GROUP)])
+    if dtype == torch.float16:
+        top = mass.abs().amax()
+        top = top if uniform is None else torch.maximum(top, uniform.abs().amax())
+        top = top.clamp(min=torch.finfo(mass.dtype).tiny)
+        mass, uniform = mass / top, None if uniform is None else uniform / top
+        shape, unit = shape * _LIFT, top / _LIFT
+    by_class = mass.new_empty(n, shape.shape[0], g, dtype=dtype)
+    member = one_hot(tail.classes, k, dtype)
+    torch.mul(mass.to(dtype)[:, None], member[:, :, None], out=by_class[:, :k])
+    if uniform is not None:
+        by_class[:, k] = uniform.to(dtype)[:, None]
+    return by_class, shape.to(dtype), unit
 
 
 class Dense(NamedTuple):
@@ -144,53 +165,47 @@ class Dense(NamedTuple):
 def row_gradient(tail: Spread, dense: Dense, weight: Tensor) -> Tensor:
     """(N, width): what tail and hot ids add to the gradients by rows, Σ_j g[n, j] weight[j]; weight
     (V, width)."""
+    mass, shape, unit = _factors(tail, weight.dtype)
     whole = weight.shape[0] // GROUP
-    shape = tail.shape.to(weight.dtype)
     parts = []
     if whole:
         grouped = shape[:, : whole * GROUP].unflatten(1, (whole, GROUP)).transpose(0, 1)
         parts.append(torch.bmm(grouped, weight[: whole * GROUP].unflatten(0, (whole, GROUP))))
     if weight.shape[0] % GROUP:
         parts.append((shape[:, whole * GROUP :] @ weight[whole * GROUP :])[None])
-    centers = torch.cat(parts).transpose(0, 1)  # (K, G, width)
+    centers = torch.cat(parts).transpose(0, 1).flatten(0, 1)  # (K G, width)
     hot = weight[dense.ids]
     if weight.dtype == torch.bfloat16:  # needs no units: one product, rounded once
-        factors = torch.cat([tail.mass.to(weight.dtype).flatten(1), dense.values], 1)
-        return factors @ torch.cat([centers.flatten(0, 1), hot])
-    mass, unit = _unit(tail.mass, weight.dtype)
-    total = wide_mm(mass.flatten(1), centers.flatten(0, 1)) * unit
+        return torch.cat([mass.flatten(1), dense.values], 1) @ torch.cat([centers, hot])
+    total = wide_mm(mass.flatten(1), centers) * unit
     return (total + wide_mm(dense.values, hot) * dense.unit).to(weight.dtype)
 
 
 def column_gradient(tail: Spread, dense: Dense, hidden: Tensor, out: Tensor) -> None:
     """out (V, width) = what tail and hot ids add to the gradients by columns, Σ_n g[n, j]
     hidden[n]; hidden (N, width)."""
-    k, g = tail.mass.shape[1:]
-    mass, unit = _unit(tail.mass, hidden.dtype)
+    mass, shape, unit = _factors(tail, hidden.dtype)
+    k, g = mass.shape[1:]
     centers = (wide_mm(mass.flatten(1).T, hidden) * unit).to(hidden.dtype)
     centers = centers.unflatten(0, (k, g)).transpose(0, 1)  # (G, K, width)
+    del mass  # the gradients exist by now: this is where memory is at its highest
     vocab = out.shape[0]
     whole = vocab // GROUP
-    shape = tail.shape.to(hidden.dtype).T
     if whole:
-        grouped = shape[: whole * GROUP].unflatten(0, (whole, GROUP))
+        grouped = shape[:, : whole * GROUP].T.unflatten(0, (whole, GROUP))
         to = out[: whole * GROUP].unflatten(0, (whole, GROUP))
         torch.bmm(grouped, centers[:whole], out=to)
     if vocab % GROUP:
-        torch.mm(shape[whole * GROUP :], centers[-1], out=out[whole * GROUP :])
-    hot = wide_mm(dense.values.T, hidden) * dense.unit
-    out[dense.ids] = (out[dense.ids] + hot).to(out.dtype)
-
-
-def _unit(mass: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | float]:
-    """The masses in ``dtype`` and their unit: float16 would lose numbers of 1e-8."""
-    if dtype != torch.float16:
-        return mass.to(dtype), 1.0
-    unit = mass.abs().amax().clamp(min=torch.finfo(mass.dtype).tiny)
-    return (mass / unit).to(dtype), unit
+        torch.mm(shape[:, whole * GROUP :].T, centers[-1], out=out[whole * GROUP :])
+    del shape, centers
+    hot = wide_mm(dense.values.T, hidden).mul_(dense.unit)
+    hot += out[dense.ids]
+    out[dense.ids] = hot.to(out.dtype)
 
 
 def column_sum(tail: Spread) -> Tensor:
     """(V,): Σ_n tail[n, j], the tail's gradient by the bias."""
-    totals = tail.mass.sum(0).repeat_interleave(GROUP, 1)[:, : tail.shape.shape[1]]
-    return (totals * tail.shape).sum(0)
+    k, vocab = tail.shape.shape
+    totals = one_hot(tail.classes, k, tail.mass.dtype).T @ tail.mass
+    result = (totals.repeat_interleave(GROUP, 1)[:, :vocab] * tail.shape).sum(0)
+    return result if tail.uniform is None else result + tail.uniform.sum()

@@ -1,0 +1,316 @@
+"""What must hold of the sparse gradient on any head: its reference, on heads made here."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from cce_ext.options import LossOptions
+from cce_ext.sparse import tail
+from cce_ext.sparse.op import refusal
+from cce_ext.sparse.reference import SparseGradients
+from tests.sparse_problem import EPS, Problem, eager_errors, error, made_head
+
+F64 = torch.float64
+# name -> options, extra inputs, and the limit of candidates
+CASES = {
+    "plain": {},
+    "bias": {"bias": True, "ignored": 0.4},
+    "softcap": {"softcap": 30.0, "bias": True, "lse": True},
+    "smoothing": {"label_smoothing": 0.1, "ignored": 0.1},
+    "smoothing, lse": {"label_smoothing": 0.1, "lse": True},
+    "scale": {"logit_scale": 1.3, "lse": True},
+    "low rank": {"rank": 8, "softcap": 40.0},
+    "overflow": {"bias": True, "rank": 4, "capacity": 150},
+    "overflow, smoothing": {"label_smoothing": 0.2, "capacity": 150},
+}
+
+
+def make(
+    bias: bool = False, ignored: float = 0.0, lse: bool = False, rank: int = 0,
+    capacity: int | None = None, n: int = 300, v: int = 9001, dtype: torch.dtype = F64,
+    **options: float,
+) -> tuple[Problem, int | None]:  # fmt: skip
+    """A problem with upstream gradients of both signs, not finite where it must not matter."""
+    g = torch.Generator().manual_seed(1)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=g).to(dtype)
+
+    p = made_head(n, v, 96, dtype)
+    p.targets[torch.rand(n, generator=g) < ignored] = -100
+    p.dnll = (1 + 0.5 * normal(n)) / n
+    p.dnll[p.targets == -100] = torch.nan
+    p.dlse = 0.1 * normal(n) / n if lse else None
+    p.bias = 0.3 * normal(v) if bias else None
+    if rank:
+        p.u, p.lora_b = normal(n, rank), 0.3 * normal(v, rank) / rank**0.5
+    p.options = LossOptions(**options)
+    return p, capacity
+
+
+def by_group(x: Tensor) -> Tensor:
+    return torch.stack([part.sum(1) for part in x.split(tail.GROUP, 1)], 1)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_every_row_and_group_keeps_its_mass(name: str) -> None:
+    problem, capacity = make(**CASES[name])
+    found = problem.sparse(capacity=capacity)
+    exact = found.exact_rows.sum()
+    assert exact < (problem.targets != -100).sum(), "nothing was sparse"
+    assert (exact > 0) == (capacity is not None)
+    a = problem.a.abs()
+    off = (by_group(found.dproducts) - by_group(problem.exact["products"])).abs()
+    assert (off <= 1e-5 * a[:, None]).all()
+    total = found.dbias.sum() - problem.exact["products"].sum()
+    assert total.abs() <= 1e-5 * a.sum()
+    assert (found.dproducts[problem.targets == -100] == 0).all()
+
+
+def test_mass_in_float32() -> None:
+    problem, _ = make(bias=True, lse=True, softcap=30.0, dtype=torch.float32)
+    off = by_group(problem.sparse().dproducts) - by_group(problem.exact["products"])
+    assert (off.abs() <= 1e-5 * problem.a.abs()[:, None]).all()
+
+
+def test_kept_entries_are_exact() -> None:
+    problem, _ = make(bias=True, softcap=30.0, lse=True)
+    found = problem.sparse()
+    z = problem.options.softcap * torch.tanh(
+        (problem.e @ problem.c.T + problem.bias) / problem.options.softcap
+    )
+    kept = (torch.softmax(z, -1) >= EPS).scatter_(1, problem.targets[:, None], True)
+    assert kept.sum() == found.kept.sum() + len(problem.targets)
+    exact = problem.exact["products"]
+    # A kept entry, plus nothing of the tail: its shape is that of dropped entries, but a column that
+    # one row keeps another row drops.
+    spread = (found.dproducts - exact)[kept].abs().sum()
+    assert spread <= 0.1 * exact[kept].abs().sum()
+    assert error(torch.where(kept, found.dproducts, 0), torch.where(kept, exact, 0)) < 1e-2
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_no_threshold_is_the_exact_gradient(name: str) -> None:
+    problem, _ = make(**CASES[name])
+    found = problem.sparse(eps=0.0)
+    assert not found.exact_rows.any()
+    for gradient, off in problem.errors(found).items():
+        assert off <= 5e-6, gradient
+
+
+def test_smaller_thresholds_come_closer() -> None:
+    problem, _ = make()
+    errors = [problem.errors(problem.sparse(eps=2.0**-k)) for k in (11, 13, 15, 17)]
+    for name in ("e", "c"):
+        series = [found[name] for found in errors]
+        assert series == sorted(series, reverse=True), (name, series)
+        assert series[-1] < series[0] / 4, (name, series)
+
+
+@pytest.mark.parametrize("softcap", [30.0, 5.0])
+def test_smoothing_under_a_softcap_is_exact(softcap: float) -> None:
+    problem, _ = make(bias=True, lse=True, ignored=0.2, softcap=softcap, label_smoothing=0.1)
+    found = problem.sparse()
+    assert torch.equal(found.exact_rows, problem.targets != -100)
+    for name, off in problem.errors(found).items():
+        assert off <= 5e-6, name
+    big = problem.c.new_empty(20000, 96)
+    assert "softcap" in refusal(big, 300, problem.options, EPS)
+
+
+def same(x: SparseGradients, y: SparseGradients) -> bool:
+    return all(a is b or torch.equal(a, b) for a, b in zip(x, y, strict=True))
+
+
+def test_twice_is_bitwise_the_same() -> None:
+    problem, _ = make(bias=True, rank=4, ignored=0.2, dtype=torch.float32)
+    first = problem.sparse()
+    assert same(first, problem.sparse())
+    threads = torch.get_num_threads()
+    torch.set_num_threads(
+        1
+    )  # sums in another order: the same rows are sampled, the same entries kept
+    try:
+        alone = problem.sparse()
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(first.kept, alone.kept)
+    assert error(alone.dproducts, first.dproducts) < 1e-5
+
+
+def test_overflow_costs_no_accuracy() -> None:
+    problem = made_head(512, 20000, 128)
+    free = problem.sparse()
+    assert not free.exact_rows.any()
+    blocks = free.candidates.float().unflatten(0, (4, 128)).mean(1)  # of 128 rows
+    tight = problem.sparse(capacity=int(blocks.median()))
+    assert 0 < tight.exact_rows.sum() < 512
+    assert problem.errors(tight)["e"] <= problem.errors(free)["e"]
+    assert problem.errors(tight)["c"] <= 3.5e-3
+    assert problem.sparse(capacity=64).exact_rows.all()
+
+
+@pytest.mark.parametrize("kind", ["random", "zero", "small", "softcap"])
+def test_flat_calls_are_exact(kind: str) -> None:
+    g = torch.Generator().manual_seed(0)
+    n, v, d = 256, 20000, 128
+    problem = made_head(n, v, d)
+    if kind == "random":
+        problem.c = torch.randn(v, d, generator=g) * 0.02
+        problem.e = torch.randn(n, d, generator=g)
+    elif kind == "zero":
+        problem.c = torch.zeros(v, d)
+    elif kind == "small":
+        problem.e = problem.e * 0.3
+    else:
+        problem.options = LossOptions(softcap=2.0)
+    found = problem.sparse()
+    assert found.dropped_share > tail.FLAT
+    assert found.exact_rows.all()
+    eager = eager_errors(problem)
+    for name, off in problem.errors(found).items():
+        assert off <= min(1e-5, 2 * eager[name] + 1e-4), name
+
+
+@pytest.mark.parametrize("n", [1, 16, 64, 128, 129, 300])
+def test_rows(n: int) -> None:
+    problem = made_head(n, 20000, 128, seed=n)
+    found = problem.sparse()
+    assert not found.exact_rows.any()
+    errors = problem.errors(found)
+    assert errors["e"] <= 8e-3
+    assert errors["c"] <= 5e-3
+
+
+@pytest.mark.parametrize("v", [129, 1000, 4097, 5000, 8321])
+def test_vocabularies(v: int) -> None:
+    problem = made_head(256, v, 128, seed=v)
+    eager = eager_errors(problem)
+    for name, off in problem.errors(problem.sparse()).items():
+        assert off <= 2 * eager[name] + 1e-4, name
+
+
+def test_extreme_biases() -> None:
+    g = torch.Generator().manual_seed(0)
+    n, v = 300, 20000
+    problem = made_head(n, v, 128)
+    bias = torch.zeros(v)
+    bias[torch.rand(v, generator=g) < 0.5] = -1e4
+    bias[torch.randint(v, (50,), generator=g)] += 20.0
+    bias[4096:8192] = -torch.inf  # a whole group
+    bias[16384:] = -torch.inf  # the last, ragged one
+    problem.targets[bias[problem.targets] == -torch.inf] = -100
+    problem.bias = bias
+    found = problem.sparse()
+    assert not found.exact_rows.any()
+    for name in ("e", "c"):
+        assert torch.isfinite(problem.exact[name]).all()
+    assert problem.errors(found)["e"] <= 1e-2
+    assert all(torch.isfinite(x).all() for x in found[:3])
+
+
+def test_a_nan_upstream_reaches_what_it_reaches_in_eager() -> None:
+    problem, _ = make(n=64)
+    problem.dnll[5] = torch.nan
+    found = problem.sparse()
+    assert found.exact_rows.all()
+    others = torch.arange(64) != 5
+    assert torch.isnan(found.de[5]).all()
+    assert error(found.de[others], problem.exact["e"][others]) < 1e-6
+    assert torch.isnan(found.dc).all()
+
+
+def test_rows_that_drop_next_to_nothing() -> None:
+    """Margins of 90 and more: 1 / mass has no number."""
+    problem = made_head(40, 5000, 64)
+    problem.e = problem.e * 30
+    found = problem.sparse()
+    assert all(torch.isfinite(x).all() for x in found[:3])
+    assert problem.errors(found)["e"] < 1e-4
+    assert found.dropped_share >= 0
+    for n in (4, 300):
+        sample = tail.sample_rows(torch.ones(n), torch.full((n,), 1e-44))
+        assert (sample.weight == 0).all()
+
+
+def test_shapes_are_normal_in_every_group() -> None:
+    weights = torch.rand(3, 2 * tail.GROUP + 100, dtype=F64)
+    weights[:, tail.GROUP : 2 * tail.GROUP] = 0  # nobody drops anything there
+    weights[1:, 7] = 0
+    shape = tail.shapes(weights)
+    assert torch.allclose(by_group(shape), torch.ones(3, 3, dtype=F64))
+    assert (shape[:, tail.GROUP : 2 * tail.GROUP] == 1 / tail.GROUP).all()
+    assert 0 < shape[1, 7] < 1e-2 * shape[0, 7]  # no id that any class gives mass is at zero
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("dtype", [F64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_products_of_the_tail(dtype: torch.dtype, smoothing: float) -> None:
+    """What a GPU makes of the factored tail, against the whole one."""
+    g = torch.Generator().manual_seed(0)
+    n, v, d, k = 200, 2 * tail.GROUP + 77, 24, tail.CLASSES
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=g, dtype=F64)
+
+    shape = tail.shapes(torch.exp(4 * normal(k, v)))  # from 1e-9 to 1e-1
+    accumulate = F64 if dtype == F64 else torch.float32
+    spread = tail.Spread(
+        (normal(n, 3) * 1e-4).to(accumulate),
+        torch.randint(k, (n,), generator=g),
+        shape.to(accumulate),
+        (normal(n) * smoothing * 1e-6).to(accumulate) if smoothing else None,
+    )
+    e, c = (normal(n, d) + 1).to(dtype), (normal(v, d) + 1).to(dtype)
+    ids = torch.randperm(v, generator=g)[:50].sort().values
+    values = (normal(n, 50) * (torch.rand(n, 50, generator=g) < 0.2)).to(dtype)
+    dense = tail.Dense(values, torch.full((1,), 1e-4, dtype=accumulate), ids)
+    if dtype == torch.bfloat16:
+        dense = dense._replace(values=values * 1e-4, unit=torch.ones(1))
+    whole = tail.dense(spread).double()
+    whole[:, ids] += dense.values.double() * dense.unit
+    limit = {F64: 1e-12, torch.float32: 1e-5}.get(dtype, 6e-3)
+    lift = 2.0**20 if dtype == torch.float16 else 1.0  # what a loss scale does
+    spread = spread._replace(
+        mass=spread.mass * lift, uniform=None if not smoothing else spread.uniform * lift
+    )
+    dense = dense._replace(unit=dense.unit * lift)
+    by_row = tail.row_gradient(spread, dense, c)
+    by_column = torch.empty(v, d, dtype=dtype)
+    tail.column_gradient(spread, dense, e, by_column)
+    assert error(by_row / lift, whole @ c.double()) < limit
+    truth = whole.T @ e.double()
+    assert error(by_column / lift, truth) < limit
+    # Each id's own error: Adam asks for nothing else. Those that float16 has numbers for.
+    there = truth.norm(dim=1) * lift > (1e-3 if dtype == torch.float16 else 0)
+    assert there.sum() > v / 4
+    off = (by_column.double() / lift - truth)[there].norm(dim=1) / truth[there].norm(dim=1)
+    assert off.quantile(0.9) < 2 * limit
+    without = tail.dense(spread).double().sum(0)
+    assert error(tail.column_sum(spread), without) < 1e-5
+
+
+def test_which_calls_are_refused() -> None:
+    c, plain = torch.empty(20000, 64), LossOptions()
+    assert refusal(c, 100, plain, EPS) == ""
+    assert "always exact" in refusal(c[:16384], 100, plain, EPS)
+    assert "below 2^-24" in refusal(c, 100, plain, 0.0)
+    assert "no rows" in refusal(c, 0, plain, EPS)
+    assert "16 bytes" in refusal(c[:, :60].contiguous(), 100, plain, EPS)
+    assert "16 bytes" in refusal(torch.empty(64, 20000).T, 100, plain, EPS)
+    assert "too long" in refusal(torch.empty(2**24, 64, device="meta"), 100, plain, EPS)
+
+
+def test_replaced_upstream_keeps_its_sign() -> None:
+    """Negative weights, as in policy gradients: the tail follows."""
+    problem = made_head(300, 20000, 128)
+    weights = torch.where(torch.arange(300) % 2 == 0, 1.0, -1.0) / 300
+    problem = replace(problem, dnll=weights)
+    found = problem.sparse()
+    assert not found.exact_rows.any()
+    assert problem.errors(found)["e"] <= 8e-3
+    assert problem.errors(found)["c"] <= 2e-2
