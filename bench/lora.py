@@ -12,142 +12,36 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
-import time
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from bench.llm_data import llm_like
-from cce_ext import build_info, diagnostics, linear_cross_entropy
+from bench.methods import METHODS
+from bench.problems import Config, make_problem, named
+from bench.timing import MB, Timer, cuda_memory, make_call, matmul_call, summarise
+from cce_ext import build_info, diagnostics
 
-SCALE = 2.0  # alpha / R of the usual settings
-MB = 1e6
-
-
-class Shape(NamedTuple):
-    """N tokens, an output layer (V, D), adapters of rank R."""
-
-    n: int
-    v: int
-    d: int
-    rank: int
+FACTS = ("kept", "dropped_share", "exact_rows")
 
 
-GEMMA2_2B = Shape(8192, 256000, 2304, 256)
-QUICK = Shape(64, 2000, 64, 8)
-
-
-class Head(NamedTuple):
-    """Inputs of the loss: e (N, D), c (V, D) in bfloat16, targets (N,), a (R, D) and b (V, R) in
-    float32; all but c and targets get gradients."""
-
-    e: Tensor
-    c: Tensor
-    targets: Tensor
-    a: Tensor
-    b: Tensor
-
-    def gradient_bytes(self) -> int:
-        return sum(t.numel() * t.element_size() for t in (self.e, self.a, self.b))
-
-    def step(self, loss: Callable[[Head], Tensor]) -> tuple[Tensor, ...]:
-        """Gradients of e, a and b."""
-        return torch.autograd.grad(loss(self), (self.e, self.a, self.b))
-
-
-def make_head(shape: Shape, data: str, device: str) -> Head:
-    """Random numbers ("random", logits of unit variance), or like a trained model's ("llm")."""
-    n, v, d, rank = shape
-    g = torch.Generator(device).manual_seed(1)
-    if data == "llm":
-        e, c, targets = llm_like(n, v, d, torch.bfloat16, device)
-    else:
-        e = torch.randn(n, d, generator=g, device=device, dtype=torch.bfloat16)
-        c = torch.randn(v, d, generator=g, device=device, dtype=torch.bfloat16) * d**-0.5
-        targets = torch.randint(v, (n,), generator=g, device=device)
-    a = torch.randn(rank, d, generator=g, device=device) * d**-0.5
-    b = torch.randn(v, rank, generator=g, device=device) * 0.1 * rank**-0.5
-    return Head(e.requires_grad_(), c, targets, a.requires_grad_(), b.requires_grad_())
-
-
-def stored_logits(h: Head) -> Tensor:
-    """What PEFT's layer and a cross-entropy do."""
-    z = F.linear(h.e, h.c)
-    z = (z + F.linear(F.linear(h.e.float(), h.a), h.b) * SCALE).to(z.dtype)
-    return F.cross_entropy(z.float(), h.targets)
-
-
-def fused(impl: str) -> Callable[[Head], Tensor]:
-    """linear_cross_entropy with the adapters."""
-    return lambda h: linear_cross_entropy(
-        h.e, h.c, h.targets, impl=impl, lora_a=h.a, lora_b=h.b, lora_scale=SCALE
-    )
-
-
-def median_ms(run: Callable[[], object], device: str, repeats: int) -> float:
-    """Median time of a call after warm-up; on a GPU by events, with the L2 cache emptied."""
-    for _ in range(2):
-        run()
-    if device == "cpu":
-        times = []
-        for _ in range(repeats):
-            start = time.perf_counter()
-            run()
-            times.append(1e3 * (time.perf_counter() - start))
-        return statistics.median(times)
-    flush = torch.empty(256 * 2**20, dtype=torch.int8, device=device)
-    times = []
-    for _ in range(repeats):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        flush.zero_()
-        start.record()
-        run()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end))
-    return statistics.median(times)
-
-
-def peak_bytes(run: Callable[[], object]) -> int:
-    """Peak GPU memory of a call beyond what was there."""
-    torch.cuda.synchronize()
-    before = torch.cuda.memory_allocated()
-    torch.cuda.reset_peak_memory_stats()
-    result = run()
-    torch.cuda.synchronize()
-    peak = torch.cuda.max_memory_allocated() - before
-    del result
-    return peak
-
-
-def matmul_ms(h: Head, device: str, repeats: int) -> float:
-    """Time of the matmul alone, which stores the logits (N, V) in bfloat16: the unit of all times."""
-    e = h.e.detach()
-    out = torch.empty(e.shape[0], h.c.shape[0], device=device, dtype=e.dtype)
-    return median_ms(lambda: torch.mm(e, h.c.T, out=out), device, repeats)
-
-
-def measure_head(shape: Shape, data: str, device: str, repeats: int) -> list[dict[str, Any]]:
+def measure_head(config: Config, device: str, repeats: int) -> list[dict[str, Any]]:
     """Rows of part one for one kind of data."""
-    h = make_head(shape, data, device)
-    matmul = matmul_ms(h, device, repeats)
-    rows = [{"data": data, "method": "matmul", "ms": matmul, "ratio": 1.0}]
-    methods = {"cce": fused("cce"), "cce_exact": fused("cce_exact"), "stored": stored_logits}
-    for name, loss in methods.items():
-        ms = median_ms(lambda loss=loss: h.step(loss), device, repeats)
-        row = {"data": data, "method": name, "ms": ms, "ratio": ms / matmul}
+    problem = make_problem(config, device)
+    timer = Timer(torch.device(device))
+    matmul = summarise(timer(matmul_call(problem.e, problem.c), repeats, 2)).median
+    rows: list[dict[str, Any]] = [
+        {"data": config.data, "method": "matmul", "ms": matmul, "ratio": 1.0}
+    ]
+    for name in ("cce", "cce_exact", "eager"):
+        call = make_call("loss-fw-bw", METHODS[name], problem)
+        ms = summarise(timer(call, repeats, 2)).median
+        row = {"data": config.data, "method": name, "ms": ms, "ratio": ms / matmul}
         if device != "cpu":
-            extra = peak_bytes(lambda loss=loss: h.step(loss)) - h.gradient_bytes()
-            row["extra_mb"] = extra / MB
-            torch.cuda.empty_cache()
-        facts = diagnostics() if name != "stored" else {}
-        row |= {k: facts[k] for k in ("kept", "dropped_share", "exact_rows") if k in facts}
-        rows.append(row)
+            row["extra_mb"] = cuda_memory(call).allocated - problem.gradient_bytes() / MB
+        facts = diagnostics() if name != "eager" else {}
+        rows.append(row | {k: facts[k] for k in FACTS if k in facts})
     return rows
 
 
@@ -245,45 +139,32 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     args = parser.parse_args(arguments)
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("there is no CUDA device; --device cpu --quick runs small on the CPU")
-    shape = QUICK if args.quick else GEMMA2_2B
+    shape, n, rank = ("quick", 64, 8) if args.quick else ("gemma2", 8192, 256)
     name = torch.cuda.get_device_name() if args.device == "cuda" else "CPU"
     commit = build_info().get("git_commit", "unknown")
     print(f"{name}, torch {torch.__version__}, commit {commit}")
-    print(f"\nLoRA head, N {shape.n}, V {shape.v}, D {shape.d}, R {shape.rank}, forward + backward")
-    print(f"{'data':<8}{'method':<11}{'ms':>9}{'x matmul':>10}{'extra MB':>10}  sparse backward")
+    print(f"  {'method':<11}{'ms':>9}{'x matmul':>10}{'extra MB':>10}  sparse backward")
     head: list[dict[str, Any]] = []
     for data in ("random", "llm"):
-        for row in measure_head(shape, data, args.device, args.repeats):
-            facts = ", ".join(
-                f"{k} {row[k]:.4g}" for k in row if k in ("kept", "dropped_share", "exact_rows")
-            )
-            memory = f"{row['extra_mb']:>10.0f}" if "extra_mb" in row else f"{'':>10}"
-            print(
-                f"{row['data']:<8}{row['method']:<11}{row['ms']:>9.2f}{row['ratio']:>10.2f}{memory}  {facts}"
-            )
+        config = named(shape, n, "bfloat16", data=data, rank=rank)
+        print(config.describe())
+        for row in measure_head(config, args.device, args.repeats):
+            facts = ", ".join(f"{k} {row[k]:.4g}" for k in FACTS if k in row)
+            memory = f"{row['extra_mb']:>10.0f}" if "extra_mb" in row else " " * 10
+            print(f"  {row['method']:<11}{row['ms']:>9.2f}{row['ratio']:>10.2f}{memory}  {facts}")
             head.append(row)
-    print(
-        f"\nTraining with adapters, {args.steps} steps; gaps are to the model's own loss (stored)"
-    )
-    print(
-        f"{'loss by':<11}{'first':>8}{'last quarter':>14}{'gap there':>11}{'largest gap':>13}{'norm of B':>11}"
-    )
+    print(f"\n{args.steps} steps of training; gaps are to the model's own loss, with stored logits")
+    print("loss by       first  last quarter  gap there  largest gap  norm of B")
     training = compare_training(args.steps, args.device, args.quick)
     for row in training:
         print(
             f"{row['impl']:<11}{row['first']:>8.4f}{row['last']:>14.4f}{row['gap_of_last']:>11.4f}"
             f"{row['largest_gap']:>13.4f}{row['norm_of_b']:>11.3f}"
         )
-    result = {
-        "device": name,
-        "torch": torch.__version__,
-        "shape": shape._asdict(),
-        "head": head,
-        "training": training,
-    }
+    result = {"device": name, "torch": torch.__version__, "head": head, "training": training}
     if args.json:
         with open(args.json, "w") as file:
-            json.dump(result, file, indent=1)
+            json.dump(result | {"n": n, "rank": rank}, file, indent=1)
     return result
 
 

@@ -19,7 +19,7 @@ def test_quick(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     out = tmp_path / "lora.json"
     main(["--device", "cpu", "--quick", "--repeats", "1", "--steps", "12", "--json", str(out)])
     facts = json.loads(out.read_text())
-    methods = ["matmul", "cce", "cce_exact", "stored"]
+    methods = ["matmul", "cce", "cce_exact", "eager"]
     assert [row["method"] for row in facts["head"]] == 2 * methods
     assert all(math.isfinite(row["ms"]) and row["ms"] > 0 for row in facts["head"])
     own, *patched = facts["training"]
