@@ -85,11 +85,6 @@ CHANGES: dict[str, dict[str, Any]] = {
     "mamba2": {"num_heads": 4, "head_dim": 16},
     "reformer": {"is_decoder": True, "axial_pos_embds": False},
     "bailing_hybrid": {"layer_types": ["linear_attention", "full_attention"]},
-    "kimi_linear": {
-        "layer_types": ["linear_attention", "full_attention"],
-        "mlp_layer_types": ["dense", "sparse"],
-        "num_experts_per_token": 2,
-    },
     "longcat_flash": {"expert_ffn_hidden_size": 16, "zero_expert_num": 2, "head_dim": 8},
     "zaya": {"num_experts_per_tok": 1},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
