@@ -16,6 +16,7 @@ from cce_ext.diagnostics import record
 from cce_ext.distributed.agreement import agree
 from cce_ext.distributed.dtensor import local_arguments, local_head
 from cce_ext.distributed.vocab_parallel import VocabParallelOptions, reduce_gradient, sharded_loss
+from cce_ext.dora import apply_magnitude
 from cce_ext.heads import Adapter, Head, low_rank_update, resolve_head
 from cce_ext.options import (
     Filter,
@@ -142,6 +143,9 @@ def linear_cross_entropy(
         _check_parallel(vocab_parallel_options, weight, name, head, return_metrics)
     elif not head.fallback:  # a called module's logits tell its vocabulary
         checks.check_target_range(targets, weight.shape[0], ignore_index)
+    if head.magnitude is not None:
+        head = apply_magnitude(head)
+        weight = head.weight
 
     shape = targets.shape
     if shift:
@@ -204,8 +208,9 @@ def _head(
         raise ValueError("bias must be None when c is a module: the module's own bias is used")
     if lora_a is None and lora_b is None:
         return head
-    if head.fallback:
-        raise ValueError(f"lora_a and lora_b cannot be joined to this module: {head.fallback}")
+    if head.fallback or head.magnitude is not None:
+        reason = head.fallback or "it is a DoRA layer"
+        raise ValueError(f"lora_a and lora_b cannot be joined to this module: {reason}")
     scale = checks.check_low_rank(e, head.weight, lora_a, lora_b, lora_scale)
     return head._replace(adapters=(*head.adapters, Adapter(lora_a, lora_b, scale)))
 
@@ -330,8 +335,9 @@ def _check_parallel(
         raise ValueError(
             f"impl={name!r} does not take vocab_parallel_options; use one of the cce implementations"
         )
-    if head.fallback:
-        raise ValueError(f"c cannot be sharded over the vocabulary: {head.fallback}")
+    if head.fallback or head.magnitude is not None:
+        reason = head.fallback or "it is a DoRA layer"
+        raise ValueError(f"c cannot be sharded over the vocabulary: {reason}")
     if metrics:
         raise ValueError("return_metrics does not take vocab_parallel_options")
 

@@ -3,9 +3,9 @@
 ``nn.Linear`` is a weight and a bias. A PEFT ``lora.Linear`` is its base layer plus its active
 adapters, several of them joined along the rank; a ``ModulesToSaveWrapper`` is its active copy.
 Reading ``.weight`` of a PEFT layer would give the frozen base alone, so no attribute is taken
-without knowing the module. What cannot be fused (DoRA and other variants, quantised bases, unknown
-modules) is called as a module and its logits are stored; ``Head.fallback`` says why. PEFT is
-recognised by its attributes and never imported.
+without knowing the module. What cannot be fused (several DoRA adapters or one with active dropout,
+other variants, quantised bases, unknown modules) is called as a module and its logits are stored;
+``Head.fallback`` says why. PEFT is recognised by its attributes and never imported.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+_DORA = "DoRA adapter {!r} has active dropout, a bias or another adapter beside it"
 
 
 class Adapter(NamedTuple):
@@ -35,6 +37,7 @@ class Head(NamedTuple):
     adapters: tuple[Adapter, ...] = ()
     module: nn.Module | None = None
     fallback: str = ""
+    magnitude: Tensor | None = None  # (V,): a DoRA head's row lengths (dora.py); with one adapter
 
 
 def low_rank_update(
@@ -119,40 +122,40 @@ def _lora_head(module: Any) -> Head:
         return base
     if base.fallback:
         return base._replace(module=module)
-    adapters, bias = [], base.bias
-    for name in _names(module, "active_adapters", "active_adapter"):
-        if name not in module.lora_A:
-            continue
+    adapters, bias, magnitude = [], base.bias, None
+    names = [n for n in _names(module, "active_adapters", "active_adapter") if n in module.lora_A]
+    for name in names:
+        dropout = module.lora_dropout[name] if name in getattr(module, "lora_dropout", {}) else None
+        if isinstance(dropout, nn.Identity) or not getattr(dropout, "training", False):
+            dropout = None
+        update_bias = getattr(module.lora_B[name], "bias", None)
         reason = _unfusable(module, name)
+        if _is_dora(module, name):
+            alone = len(names) == 1 and dropout is None and update_bias is None
+            reason = reason or ("" if alone else _DORA.format(name))
+            magnitude = module.lora_magnitude_vector[name].weight
         if reason:
             return base._replace(module=module, fallback=reason)
         scale = float(module.scaling[name])
-        dropout = module.lora_dropout[name] if name in getattr(module, "lora_dropout", {}) else None
-        active = (
-            isinstance(dropout, nn.Module)
-            and not isinstance(dropout, nn.Identity)
-            and dropout.training
-        )
         adapters.append(
-            Adapter(
-                module.lora_A[name].weight,
-                module.lora_B[name].weight,
-                scale,
-                dropout if active else None,
-            )
+            Adapter(module.lora_A[name].weight, module.lora_B[name].weight, scale, dropout)
         )
-        update_bias = getattr(module.lora_B[name], "bias", None)
         if update_bias is not None:
             bias = update_bias * scale if bias is None else bias + update_bias * scale
-    return Head(base.weight, bias, tuple(adapters), module)
+    return Head(base.weight, bias, tuple(adapters), module, magnitude=magnitude)
+
+
+def _is_dora(module: Any, name: str) -> bool:
+    """Whether an adapter gives each row of the weight a learned length."""
+    variant = getattr(module, "lora_variant", {})
+    kind = type(variant[name]).__name__ if name in variant else ""
+    return kind == "DoraLinearVariant" or getattr(module, "use_dora", {}).get(name, False)
 
 
 def _unfusable(module: Any, name: str) -> str:
     """Why this adapter of a LoRA layer is more than a low-rank update, or ''."""
-    if getattr(module, "use_dora", {}).get(name, False):
-        return f"adapter {name!r} is a DoRA adapter, which rescales rows of the whole weight"
     variant = getattr(module, "lora_variant", {})
-    if name in variant:
+    if name in variant and not _is_dora(module, name):
         return f"adapter {name!r} is a LoRA variant ({type(variant[name]).__name__})"
     if getattr(module, "fan_in_fan_out", False):
         return "its weight is stored transposed (fan_in_fan_out)"

@@ -12,8 +12,13 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+# One process a core (pytest -n): more threads only wait for each other.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    torch.set_num_threads(1)
+
 NEEDS = {
     "test_transformers*.py": ("transformers",),
+    "test_examples.py": ("transformers", "peft", "tqdm"),
     "test_training.py": ("transformers", "accelerate", "peft", "tqdm"),
 }
 

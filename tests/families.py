@@ -1,23 +1,36 @@
 """Tiny models of every language-model family of the installed transformers, built by one rule from
 their default configurations; nothing is downloaded.
 
-``python -m tests.families`` prints the table of docs/transformers.md.
+``python -m tests.families`` writes docs/families.md, which says what cce_patch does with each.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
+import re
 import warnings
+from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 from torch import nn
+from tqdm import tqdm
 from transformers.models.auto import modeling_auto
 
 from cce_ext.transformers import audit
 
+DOCUMENT = Path(__file__).resolve().parent.parent / "docs" / "families.md"
+HEADER = """# Model families
+
+What `cce_patch` does with a tiny random model of each class that writes text, as
+`python -m tests.families` found it; a test holds it against this list. The models are built by one
+rule from each family's default configuration, and \"not tried\" is about that rule, not about
+`cce_patch`: `audit(model)` tells for a real model. Whether there is a softcap or a factor depends on
+a model's own configuration.
+
+"""
 VOCAB = 96
 LARGEST = 20_000_000  # parameters that a model may have after shrinking
 
@@ -25,6 +38,7 @@ LARGEST = 20_000_000  # parameters that a model may have after shrinking
 # used.
 SIZES: dict[str, Any] = {
     **dict.fromkeys(("hidden_size", "n_embd", "d_model", "dim", "embed_dim", "model_dim"), 32),
+    "emb_dim": 32,
     **dict.fromkeys(("num_hidden_layers", "n_layer", "n_layers", "num_layers"), 2),
     **dict.fromkeys(("encoder_layers", "decoder_layers", "num_decoder_layers"), 2),
     **dict.fromkeys(("num_attention_heads", "n_head", "n_heads", "num_heads"), 4),
@@ -53,7 +67,7 @@ SIZES: dict[str, Any] = {
     "full_attention_interval": 2,
     **dict.fromkeys(("mamba_n_groups", "n_groups", "attn_layer_offset"), 1),
     "attn_layer_period": 2,
-    "chunk_size": 8,
+    **dict.fromkeys(("chunk_size", "mamba_chunk_size"), 8),
 }
 # Chains between output layer and loss, made such that leaving one out would be noticed.
 CHAINS = {
@@ -69,7 +83,9 @@ CHANGES: dict[str, dict[str, Any]] = {
     "lfm2_moe": {"layer_types": ["full_attention", "conv"]},
     **dict.fromkeys(("qwen3_5_text", "qwen3_5_moe_text", "qwen3_next"), {"num_hidden_layers": 4}),
     "mamba2": {"num_heads": 4, "head_dim": 16},
-    "reformer": {"is_decoder": True},
+    "reformer": {"is_decoder": True, "axial_pos_embds": False},
+    "bailing_hybrid": {"layer_types": ["linear_attention", "full_attention"]},
+    "longcat_flash": {"expert_ffn_hidden_size": 16, "zero_expert_num": 2, "head_dim": 8},
     "zaya": {"num_experts_per_tok": 1},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
     "mpt": {"attn_config": {}},
@@ -193,7 +209,7 @@ def batch(model: nn.Module, length: int = 9) -> dict[str, torch.Tensor]:
 def table() -> str:
     """What cce_patch does with each family, as Markdown."""
     plain, chains, stored, unknown = [], [], [], []
-    for kind in causal_families() + vision_families():
+    for kind in tqdm(causal_families() + vision_families(), "families", disable=None):
         name = model_class(kind).__name__
         try:
             model = build(kind)
@@ -227,5 +243,21 @@ def table() -> str:
     return "\n".join(lines)
 
 
+def documented() -> dict[str, bool] | None:
+    """Class name -> whether docs/families.md says that it is fused; None if that was written with
+    another transformers."""
+    text = DOCUMENT.read_text(encoding="utf-8")
+    if f"transformers {transformers.__version__}:" not in text:
+        return None
+    found: dict[str, bool] = {}
+    for part in text.split("\n**")[1:]:
+        title, _, body = part.partition("**")
+        rows = re.findall(r"^\| (\w+) \|", body, re.MULTILINE)
+        names = [n for n in rows if n != "class"] or re.findall(r"\w+", body)
+        if not title.startswith("Not tried"):
+            found |= dict.fromkeys(names, title.startswith("Fused"))
+    return found
+
+
 if __name__ == "__main__":
-    print(table())
+    DOCUMENT.write_text(f"{HEADER}{table()}\n", encoding="utf-8")

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cce_ext import diagnostics, linear_cross_entropy
+from cce_ext import diagnostics, dora, linear_cross_entropy
 
 peft = pytest.importorskip("peft")
 N, D, V, R = 20, 12, 37, 4
@@ -141,8 +141,36 @@ def test_modules_to_save() -> None:
     check(head)
 
 
+@pytest.mark.parametrize("bias", [False, True])
+def test_dora(bias: bool) -> None:
+    """Rows in several blocks, lengths that are not those of the weight."""
+    head = head_of(lora_model(bias, use_dora=True, use_rslora=True))
+    magnitude = head.lora_magnitude_vector["default"].weight
+    magnitude.data = magnitude.data.double() * torch.linspace(0.5, 2, V, dtype=torch.float64)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dora, "_ROWS", 16)
+        check(head)
+        head.base_layer.weight.requires_grad_()
+        check(head)
+    assert diagnostics()["shape"] == (N, V, D, R)
+    e, targets = data()
+    with pytest.raises(ValueError, match="DoRA"):
+        linear_cross_entropy(e, head, targets, lora_a=torch.ones(1, D), lora_b=torch.ones(V, 1))
+
+
+def test_dora_on_a_bfloat16_base() -> None:
+    check(head_of(lora_model(dtype=torch.bfloat16, use_dora=True)), rtol=2e-2, dtype=torch.bfloat16)
+
+
 def test_what_cannot_be_fused_is_called() -> None:
-    check(head_of(lora_model(use_dora=True)), path="module", rtol=1e-6)
+    model = lora_model(use_dora=True, lora_dropout=0.5).train()
+    e, targets = data()
+    linear_cross_entropy(e, head_of(model), targets)
+    assert "DoRA" in diagnostics()["reason"]
+    check(head_of(model.eval()))
+    model.add_adapter("second", peft.LoraConfig(r=2, target_modules=["lm_head"]))
+    model.base_model.set_adapter(["default", "second"])
+    check(head_of(randomised(model, torch.float64)), path="module", rtol=1e-6)
     assert "DoRA" in diagnostics()["reason"]
 
     class Scaled(nn.Linear):

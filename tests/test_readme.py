@@ -1,4 +1,5 @@
-"""Every Python example of README.md and of docs/ runs as it stands."""
+"""Every Python example of README.md and of docs/ runs as it stands; docs/distributed.md, whose
+examples belong together and need two ranks, has a test of its own."""
 
 from __future__ import annotations
 
@@ -11,6 +12,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
 OPTIONAL = ("peft", "transformers")
+ELSEWHERE = ("distributed.md",)
 
 
 def python_blocks(path: Path) -> list[tuple[Path, int, str]]:
@@ -22,7 +24,8 @@ def python_blocks(path: Path) -> list[tuple[Path, int, str]]:
     ]
 
 
-BLOCKS = [b for path in (README, *sorted(ROOT.glob("docs/*.md"))) for b in python_blocks(path)]
+DOCS = [path for path in sorted(ROOT.glob("docs/*.md")) if path.name not in ELSEWHERE]
+BLOCKS = [block for path in (README, *DOCS) for block in python_blocks(path)]
 
 
 def test_readme_has_examples() -> None:

@@ -1,8 +1,13 @@
-"""The training script: learns, resumes, and gives the same with stored logits."""
+"""The training script: learns, resumes, plots, and gives the same with stored logits and on two
+ranks."""
 
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
+import types
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +16,10 @@ import torch
 from safetensors.torch import load_file
 
 from tests import families
-from training.data import load_blocks
+from training.data import Fields, load_blocks
 from training.train import main
 
+ROOT = Path(__file__).resolve().parent.parent
 SENTENCES = [f"the {a} {b} sees the {c} ." for a in ["red", "big", "old"]
              for b in ["cat", "dog", "fox"] for c in ["sun", "moon"]]  # fmt: skip
 
@@ -31,7 +37,10 @@ def folder(tmp_path: Path) -> Path:
     fast = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>")
     fast.save_pretrained(tmp_path)
     families.tiny_config("llama", tie_word_embeddings=True).save_pretrained(tmp_path)
-    lines = [json.dumps({"text": sentence}) for sentence in SENTENCES]
+    lines = [
+        json.dumps({"text": sentence, "instruction": "the sun sees", "output": sentence})
+        for sentence in SENTENCES
+    ]
     (tmp_path / "a.jsonl").write_text("\n".join(lines) + "\n\n")
     (tmp_path / "b.txt").write_text("\n".join(SENTENCES))
     return tmp_path
@@ -54,6 +63,13 @@ def test_learns_and_resumes(folder: Path, capsys: pytest.CaptureFixture) -> None
     stored = run(folder, "stored", "--steps", "60", "--accumulate", "2", "--stored-logits")
     assert stored["eval_loss"] == pytest.approx(whole["eval_loss"], abs=1e-3)
     assert "not patched" in capsys.readouterr().out
+
+    log = json.loads((folder / "whole" / "checkpoint-60" / "trainer_state.json").read_text())
+    rows = [row for row in log["log_history"] if "loss" in row]
+    assert [row["step"] for row in rows] == list(range(6, 61, 6))
+    assert all(row["memory_mb"] > 1 for row in rows)
+    plots = [folder / "whole" / name for name in ("loss.png", "memory.png")]
+    assert all(plot.read_bytes().startswith(b"\x89PNG") for plot in plots)
 
     # Stopped after step 40: the rest is trained again, and gives the same.
     for name in ("checkpoint-60", "model.safetensors"):
@@ -80,15 +96,104 @@ def test_adapters(folder: Path, targets: list[str]) -> None:
     assert any("lm_head" in name for name in saved) == ("lm_head" in targets)
 
 
+def test_dora_with_a_bfloat16_base(folder: Path, capsys: pytest.CaptureFixture) -> None:
+    # Untied: the padding token's embedding is zero, and so would be the length of its row.
+    families.tiny_config("llama", tie_word_embeddings=False).save_pretrained(folder)
+    options = ["--lora-rank", "4", "--lora-targets", "lm_head", "--dora", "--dtype", "bfloat16"]
+    metrics = run(folder, "dora", "--steps", "20", "--eval-every", "10", *options)
+    assert "patched; fused" in capsys.readouterr().out
+    stored = run(folder, "stored", "--steps", "20", "--stored-logits", *options)
+    assert metrics["eval_loss"] == pytest.approx(stored["eval_loss"], abs=2e-2)
+    assert metrics["eval_loss"] < 4.4  # ln 96 is 4.56
+    assert (folder / "dora" / "loss.png").exists()
+
+
 def test_data(folder: Path) -> None:
     import transformers
 
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-    blocks = load_blocks([folder / "a.jsonl"], tokenizer, 8, "text")
+    source = str(folder / "a.jsonl")
+    blocks = load_blocks([source], tokenizer, 8, Fields())
     assert len(blocks) == len(SENTENCES)  # seven words and the end
     assert tokenizer.decode(blocks[1]["labels"]) == SENTENCES[1] + " <end>"
     assert torch.equal(blocks[1]["labels"], blocks[1]["input_ids"])
+    prompted = load_blocks([source], tokenizer, 11, Fields("output", "instruction"))
+    assert tokenizer.decode(prompted[1]["input_ids"]) == f"the sun sees {SENTENCES[1]} <end>"
+    assert prompted[1]["labels"][:3].tolist() == [-100] * 3
+    assert torch.equal(prompted[1]["labels"][3:], blocks[1]["labels"])
     with pytest.raises(ValueError, match="fewer than one block"):
-        load_blocks([folder / "a.jsonl"], tokenizer, 1000, "text")
+        load_blocks([source], tokenizer, 1000, Fields())
     with pytest.raises(ValueError, match=r"line 1: expected a JSON object with the field 'words'"):
-        load_blocks([folder / "a.jsonl"], tokenizer, 8, "words")
+        load_blocks([source], tokenizer, 8, Fields("words"))
+
+
+def test_data_of_the_hub(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a stand-in for the package `datasets`: there are no downloads in tests."""
+    import transformers
+
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(ValueError, match="no such file.*`datasets`"):
+        load_blocks(["some/name"], tokenizer, 8, Fields())
+
+    class Rows(list):
+        column_names = ("text",)
+
+    def load_dataset(name: str, split: str) -> Rows:
+        assert (name, split) == ("some/name", "validation")
+        return Rows({"text": sentence} for sentence in SENTENCES)
+
+    package = types.SimpleNamespace(load_dataset=load_dataset)
+    monkeypatch.setitem(sys.modules, "datasets", package)
+    blocks = load_blocks(["some/name"], tokenizer, 8, Fields(), "validation")
+    assert len(blocks) == len(SENTENCES)
+    with pytest.raises(ValueError, match=r"no column \['words'\]"):
+        load_blocks(["some/name"], tokenizer, 8, Fields("words"), "validation")
+
+
+def launched(folder: Path, launch: str, output: str, *more: str) -> float:
+    """eval_loss of training/finetune_llama.sh on a tiny model, by `accelerate launch`."""
+    environment = os.environ | {
+        "ACCELERATE_USE_CPU": "true", "LAUNCH": f"--num_machines 1 {launch}",
+        "PYTHON": sys.executable, "MODEL": str(folder),
+        "DATA": str(folder / "a.jsonl"), "OUTPUT": str(folder / output), "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": str(ROOT), "MASTER_ADDR": "127.0.0.1",
+    }  # fmt: skip
+    result = subprocess.run(
+        [str(ROOT / "training" / "finetune_llama.sh"), "--steps", "6", "--length", "12", "--lr",
+         "1e-2", "--warmup", "1", "--lora-rank", "4", "--lora-alpha", "8", "--eval-data",
+         str(folder / "a.jsonl"), *more],
+        env=environment, capture_output=True, text=True, check=False, timeout=200,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    assert ("patched; fused" in result.stdout) == ("--stored-logits" not in more)
+    metrics = result.stdout.splitlines()[-1]
+    assert load_file(folder / output / "adapter_model.safetensors").keys()
+    return float(dict(pair.split() for pair in metrics.split(", "))["eval_loss"])
+
+
+@pytest.fixture
+def pretrained(folder: Path) -> Path:
+    """The folder, with a model that can be loaded."""
+    run(folder, "base", "--steps", "1")
+    (folder / "base" / "model.safetensors").rename(folder / "model.safetensors")
+    return folder
+
+
+@pytest.mark.slow
+def test_finetuning_script_on_one_and_two_ranks(pretrained: Path) -> None:
+    one = launched(pretrained, "--num_processes 1 --cpu", "one", "--batch", "4")
+    two = launched(pretrained, "--num_processes 2 --cpu", "two", "--batch", "2")
+    assert two == pytest.approx(one, abs=2e-2)
+
+
+@pytest.mark.slow
+def test_finetuning_script_with_fsdp2(pretrained: Path) -> None:
+    """The same as with stored logits. (Adapters that PEFT ties are trained by FSDP as two.)"""
+    fsdp = "--num_processes 2 --use_fsdp --fsdp_version 2"
+    fsdp += (
+        " --fsdp_auto_wrap_policy TRANSFORMER_BASED_WRAP --fsdp_state_dict_type SHARDED_STATE_DICT"
+    )
+    mine = launched(pretrained, fsdp, "mine", "--batch", "2")
+    theirs = launched(pretrained, fsdp, "theirs", "--batch", "2", "--stored-logits")
+    assert mine == pytest.approx(theirs, abs=2e-3)

@@ -72,6 +72,10 @@ def test_family(kind: str) -> None:
             raise
         pytest.skip(f"cannot be built by the general rule: {str(error).splitlines()[0]}")
     check_family(model, kind in CORE)
+    known = families.documented()
+    if known is not None:
+        # docs/families.md, which `python -m tests.families` writes
+        assert known[type(model).__name__] == audit(model).fused
 
 
 def check_family(model: nn.Module, must_fuse: bool) -> None:
@@ -86,9 +90,46 @@ def check_family(model: nn.Module, must_fuse: bool) -> None:
         assert_same(outcome(model, **values), truths[name])
         assert is_fused(model, **values) == fused
     assert (diagnostics().get("path") == "compiled") or not fused
+    if fused:
+        check_reductions(model, audit(model).shift)
     cce_unpatch(model)
     assert model.__dict__ == before
     assert_same(outcome(model, **inputs["plain"]), truths["plain"], 1e-7)
+
+
+def check_reductions(model: nn.Module, shift: int) -> None:
+    """Reductions "none", with weights, and "sum": losses and gradients against stored logits. An
+    auxiliary loss comes once on top of each entry."""
+    inputs = families.batch(model)
+    labels = inputs["labels"][:, shift:]
+    weights = torch.rand(labels.shape, generator=torch.Generator().manual_seed(4))
+
+    def stored() -> tuple[Tensor, Tensor]:
+        output = cce_unpatch(model)(**inputs)
+        logits = output.logits[:, : labels.shape[1]].float()
+        tokens = nn.functional.cross_entropy(logits.mT, labels, reduction="none")
+        return tokens, output.loss - tokens.sum() / (labels != -100).sum()
+
+    def gradients(loss: Tensor) -> Outcome:
+        model.zero_grad(set_to_none=True)
+        loss.backward()
+        return loss.detach(), {
+            n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None
+        }
+
+    torch.manual_seed(3)
+    tokens, extra = stored()
+    truths = gradients((weights * tokens).sum() + weights.sum() * extra), None
+    torch.manual_seed(3)
+    tokens, extra = stored()
+    truths = truths[0], gradients(tokens.sum() + extra)
+    for reduction, truth in zip(("none", "sum"), truths, strict=True):
+        cce_patch(model, reduction=reduction)
+        torch.manual_seed(3)
+        loss = model(**inputs).loss
+        assert loss.shape == (labels.shape if reduction == "none" else ())
+        assert_same(gradients((weights * loss).sum() if reduction == "none" else loss), truth)
+    cce_patch(model)
 
 
 @pytest.fixture
@@ -144,6 +185,28 @@ def test_reductions(llama: nn.Module) -> None:
     for impl in ("reference", "cce_exact"):
         cce_patch(llama, impl=impl)
         torch.testing.assert_close(llama(**inputs).loss, tokens.sum() / (labels != -100).sum())
+
+
+def test_metrics_of_tokens(llama: nn.Module) -> None:
+    inputs = families.batch(llama)
+    logprobs = llama(input_ids=inputs["input_ids"]).logits[:, :-1].log_softmax(-1)
+    labels = inputs["labels"][:, 1:]
+    counts = labels != -100
+    truth = outcome(llama, **inputs)
+    cce_patch(llama, return_metrics=True)
+    assert_same(outcome(llama, **inputs), truth)
+    metrics = llama(**inputs).token_metrics
+    chosen = logprobs.gather(-1, labels.clamp(min=0)[..., None])[..., 0]
+    torch.testing.assert_close(metrics.logprob, torch.where(counts, chosen, 0))
+    assert torch.equal(metrics.argmax[counts], logprobs.argmax(-1)[counts])
+    assert torch.equal(metrics.correct, (logprobs.argmax(-1) == labels) & counts)
+    entropy = -(logprobs.exp() * logprobs).sum(-1)
+    torch.testing.assert_close(metrics.entropy, torch.where(counts, entropy, 0))
+    assert not any(x.requires_grad for x in metrics)
+    assert not hasattr(llama(input_ids=inputs["input_ids"]), "token_metrics")
+    llama(**inputs, return_dict=False)
+    cce_patch(llama)
+    assert not hasattr(llama(**inputs), "token_metrics")
 
 
 def test_loss_allows_operations_in_place(llama: nn.Module) -> None:
@@ -235,6 +298,14 @@ def test_saved_and_pickled_models(llama: nn.Module, tmp_path: Path) -> None:
         assert not audit(other).patched
         assert_same(outcome(other, **inputs), truth, 1e-7)
         assert is_fused(cce_patch(other), **inputs)
+
+
+def test_wrapped_after_patching(llama: nn.Module) -> None:
+    """By something that hides what it wraps."""
+    cce_patch(llama)
+    inner = llama.forward
+    llama.forward = lambda *args, **kwargs: inner(*args, **kwargs)
+    assert is_fused(llama, **families.batch(llama))
 
 
 def test_a_call_that_fails_leaves_nothing_behind(llama: nn.Module) -> None:

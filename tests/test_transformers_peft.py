@@ -28,6 +28,11 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {"tie_word_embeddings": True},
         {"target_modules": BOTH, "ensure_weight_tying": True},
     ),
+    "DoRA": ({}, {"target_modules": ["lm_head"], "use_dora": True}),
+    "DoRA, tied": (
+        {"tie_word_embeddings": True},
+        {"target_modules": BOTH, "use_dora": True},
+    ),
     "dropout": ({}, {"target_modules": ["lm_head"], "lora_dropout": 0.3}),
     "bias": ({}, {"target_modules": ["lm_head"], "lora_bias": True}),
     "saved": ({}, {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}),
@@ -143,12 +148,14 @@ def test_float32_adapter_on_a_bfloat16_base() -> None:
     assert is_fused(wrapped, **families.batch(wrapped))
 
 
-def test_dora_keeps_its_own_code() -> None:
-    wrapped = adapted(families.build("llama"), target_modules=["lm_head"], use_dora=True)
+def test_dora_with_dropout_keeps_its_own_code() -> None:
+    options = {"target_modules": ["lm_head"], "use_dora": True, "lora_dropout": 0.3}
+    wrapped = adapted(families.build("llama"), **options)
     truth = outcome(wrapped, **families.batch(wrapped))
     cce_patch(wrapped)
     assert_same(outcome(wrapped, **families.batch(wrapped)), truth, 1e-6)
     assert "DoRA" in audit(wrapped).reason
+    assert audit(wrapped.eval()).fused
 
 
 def test_adapters_of_each_row_keep_their_own_code() -> None:

@@ -84,7 +84,7 @@ def test_trainer(kind: str, checkpointing: bool, tmp_path: Path) -> None:
     assert mine[1] == pytest.approx(theirs[1], abs=1e-4)
     for x, y in zip(twin.parameters(), model.parameters(), strict=True):
         torch.testing.assert_close(x, y, rtol=1e-3, atol=1e-3)
-    assert audit(twin).fused
+    assert str(audit(twin)).startswith("patched; fused")
 
 
 def test_trainer_with_adapters(tmp_path: Path) -> None:
@@ -108,7 +108,104 @@ def test_trainer_in_bfloat16(tmp_path: Path) -> None:
     theirs = curve(model, tmp_path, bf16=True)
     mine = curve(twin, tmp_path, bf16=True)
     assert mine[0] == pytest.approx(theirs[0], abs=2e-2)
-    assert audit(twin).fused
+    assert str(audit(twin)).startswith("patched; fused")
+    assert is_fused(twin, **collate(texts(3)))
+    before = type(twin).forward
+    cce_patch(cce_unpatch(twin))  # above accelerate's wrapper, which stays
+    assert is_fused(twin, **collate(texts(3)))
+    assert not is_fused(cce_unpatch(twin), **collate(texts(3)))
+    assert type(twin).forward is before
+
+
+def loop(model: nn.Module, folder: Path, lr: float) -> tuple[list[float], list[float]]:
+    """A trainer's loop as TRL's were written: bfloat16, gradient checkpointing, accumulation over
+    batches of different lengths with one num_items_in_batch, and after each two steps an evaluation of
+    loss and token accuracy. Returns the loss of each step, and both of each evaluation."""
+    state = accelerate.state.AcceleratorState
+    state._reset_state(reset_partial_state=True)
+    accelerator = accelerate.Accelerator(
+        mixed_precision="bf16", cpu=True, gradient_accumulation_steps=3, project_dir=folder
+    )
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr)
+    model, optimizer = accelerator.prepare(model, optimizer)
+    batches = [collate(texts(27)[i : i + 3]) for i in range(0, 27, 3)]
+    losses, evaluations = [], []
+    for step in range(6):
+        model.train()
+        window = [batches[(3 * step + i) % len(batches)] for i in range(3)]
+        items = sum((batch["labels"][:, 1:] != -100).sum() for batch in window)
+        total = 0.0
+        for batch in window:
+            with accelerator.accumulate(model):
+                loss = model(**batch, num_items_in_batch=items, use_cache=False).loss
+                total += loss.item()
+                accelerator.backward(loss * accelerator.gradient_accumulation_steps)
+                if accelerator.sync_gradients:
+                    accelerator.clip_grad_norm_(model.parameters(), 1.0)
+                optimizer.step()
+                optimizer.zero_grad()
+        losses.append(total)
+        if step % 2:
+            model.eval()
+            with torch.no_grad():
+                output = model(**batches[0])
+            evaluations.append(output.loss.item())
+            if output.logits.shape[1]:
+                found = output.logits[:, :-1].argmax(-1) == batches[0]["labels"][:, 1:]
+                evaluations.append(found.sum().item())
+    state._reset_state(reset_partial_state=True)
+    return losses, evaluations
+
+
+@pytest.mark.parametrize("train_only", [False, True])
+@pytest.mark.parametrize("adapters", [False, True])
+def test_loop(adapters: bool, train_only: bool, tmp_path: Path) -> None:
+    model = families.build("gemma2", tie_word_embeddings=False)
+    if adapters:
+        peft = pytest.importorskip("peft")
+        config = peft.LoraConfig(r=4, target_modules=["q_proj", "lm_head"], lora_dropout=0.1)
+        model = peft.get_peft_model(model, config)
+        model.enable_input_require_grads()
+    twin = cce_patch(copy.deepcopy(model), train_only=train_only)
+    curves = []
+    for each in (model, twin):
+        torch.manual_seed(0)  # dropout
+        curves.append(loop(each, tmp_path, 2e-2 if adapters else 3e-3))
+    (theirs, evaluated), (mine, checked) = curves
+    assert theirs[-1] < theirs[0] - 0.02
+    assert mine == pytest.approx(theirs, abs=2e-2)
+    if not train_only:  # losses alone: there are no logits
+        evaluated = evaluated[::2]
+    assert len(checked) == len(evaluated) == (6 if train_only else 3)
+    assert checked[::2] == pytest.approx(evaluated[::2], abs=2e-2)
+    assert str(audit(twin.train())).startswith("patched; fused")
+
+
+def test_trainer_with_metrics_of_logits(tmp_path: Path) -> None:
+    """compute_metrics has to be given logits: train_only leaves them in evaluation."""
+    model = families.build("llama")
+    seen: list[tuple[int, ...]] = []
+
+    def accuracy(prediction: transformers.EvalPrediction) -> dict[str, float]:
+        seen.append(prediction.predictions.shape)
+        hits = prediction.predictions[:, :-1].argmax(-1) == prediction.label_ids[:, 1:]
+        return {"accuracy": float(hits[prediction.label_ids[:, 1:] != -100].mean())}
+
+    def evaluate(model: nn.Module) -> dict[str, float]:
+        arguments = transformers.TrainingArguments(
+            output_dir=str(tmp_path), per_device_eval_batch_size=3, report_to=[], use_cpu=True,
+            disable_tqdm=True,
+        )  # fmt: skip
+        rows = [row for row in texts(27) if len(row["input_ids"]) == 7]
+        trainer = transformers.Trainer(
+            model, arguments, eval_dataset=rows, data_collator=collate, compute_metrics=accuracy
+        )
+        return {k: v for k, v in trainer.evaluate().items() if k in ("eval_loss", "eval_accuracy")}
+
+    truth = evaluate(model)
+    assert evaluate(cce_patch(model, train_only=True)) == pytest.approx(truth, abs=1e-6)
+    assert seen[0] == seen[1] == (4, 7, families.VOCAB)
 
 
 @pytest.mark.parametrize("first", ["patch", "offload"])

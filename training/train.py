@@ -1,11 +1,13 @@
-"""Trains or fine-tunes a causal language model of transformers on local texts.
+"""Trains or fine-tunes a causal language model of transformers.
 
     python -m training.train --model NAME_OR_FOLDER --data corpus.jsonl --output out
     python -m training.train --config config.json --tokenizer FOLDER --data a.txt b.txt --output out
-    accelerate launch -m training.train ...                      # several devices
+    accelerate launch --multi_gpu -m training.train ...             # DistributedDataParallel
+    accelerate launch --use_fsdp --fsdp_version 2 -m training.train ...     # FSDP2
 
 The loss is cce_ext's (``--stored-logits`` for the model's own). ``--lora-rank`` trains adapters
-instead of the whole model. A run that was stopped goes on where its last checkpoint is.
+instead of the whole model. A run that was stopped goes on where its last checkpoint is. Beside the
+checkpoints the output folder gets plots of loss and memory.
 """
 
 from __future__ import annotations
@@ -20,7 +22,8 @@ import transformers
 from transformers.trainer_utils import get_last_checkpoint
 
 from cce_ext.transformers import audit, cce_patch
-from training.data import load_blocks
+from training.data import Fields, load_blocks
+from training.record import Recorder
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -31,15 +34,23 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     source.add_argument("--model", help="a pretrained model: a folder or a name")
     source.add_argument("--config", help="a config.json or its folder: a new model")
     parser.add_argument("--tokenizer", help="a folder or a name; the model's own if left out")
-    parser.add_argument("--data", type=Path, nargs="+", required=True, help=".txt or .jsonl files")
-    parser.add_argument("--eval-data", type=Path, nargs="+", help="files to evaluate on at the end")
-    parser.add_argument("--field", default="text", help="of each line of a .jsonl file")
+    parser.add_argument(
+        "--data",
+        nargs="+",
+        required=True,
+        help=".txt or .jsonl files, or names of data sets of the hub",
+    )
+    parser.add_argument("--eval-data", nargs="+", help="the same, to evaluate on")
+    parser.add_argument("--split", default="train", help="of a data set of the hub")
+    parser.add_argument("--field", default="text", help="the text of a .jsonl line or a row")
+    parser.add_argument("--prompt-field", help="a text before it that does not count in the loss")
     parser.add_argument("--output", type=Path, required=True, help="folder of the checkpoints")
     parser.add_argument("--length", type=int, default=1024, help="tokens of a block")
     parser.add_argument("--batch", type=int, default=4, help="blocks of a device and a pass")
     parser.add_argument("--accumulate", type=int, default=1, help="passes of a step")
     parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--save-every", type=int, default=200, help="steps between checkpoints")
+    parser.add_argument("--eval-every", type=int, help="steps between evaluations; at the end only")
     parser.add_argument("--lr", type=float, default=2e-4)
     parser.add_argument("--warmup", type=int, default=20, help="steps of rising learning rate")
     parser.add_argument("--lora-rank", type=int, default=0, help="0 trains the whole model")
@@ -48,6 +59,9 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         "--lora-targets", nargs="+", default=["all-linear"],
         help="names of layers; lm_head has to be named, all-linear leaves it out",
     )  # fmt: skip
+    parser.add_argument("--lora-dropout", type=float, default=0.0)
+    parser.add_argument("--dora", action="store_true", help="adapters with a magnitude")
+    parser.add_argument("--dtype", default="auto", help="of the weights; auto is the checkpoint's")
     parser.add_argument("--impl", default="cce", help="as for linear_cross_entropy")
     parser.add_argument("--stored-logits", action="store_true", help="the model's own loss")
     parser.add_argument("--bf16", action="store_true", help="autocast to bfloat16")
@@ -60,9 +74,11 @@ def build_model(options: argparse.Namespace) -> torch.nn.Module:
     """The model, with adapters if asked for, and patched."""
     auto = transformers.AutoModelForCausalLM
     if options.model:
-        model = auto.from_pretrained(options.model)
+        model = auto.from_pretrained(options.model, dtype=options.dtype)
     else:
-        model = auto.from_config(transformers.AutoConfig.from_pretrained(options.config))
+        config = transformers.AutoConfig.from_pretrained(options.config)
+        dtype = {} if options.dtype == "auto" else {"dtype": getattr(torch, options.dtype)}
+        model = auto.from_config(config, **dtype)
     if options.lora_rank:
         import peft
 
@@ -71,6 +87,8 @@ def build_model(options: argparse.Namespace) -> torch.nn.Module:
             task_type="CAUSAL_LM",
             r=options.lora_rank,
             lora_alpha=options.lora_alpha or 2 * options.lora_rank,
+            lora_dropout=options.lora_dropout,
+            use_dora=options.dora,
             target_modules="all-linear" if targets == ["all-linear"] else targets,
             ensure_weight_tying=model.config.tie_word_embeddings and "lm_head" in targets,
         )
@@ -95,6 +113,8 @@ def training_arguments(options: argparse.Namespace) -> transformers.TrainingArgu
         use_cpu=not torch.accelerator.is_available(),
         bf16=options.bf16,
         gradient_checkpointing=options.checkpointing,
+        eval_strategy="steps" if options.eval_every and options.eval_data else "no",
+        eval_steps=options.eval_every,
         prediction_loss_only=True,
         report_to=[],
         seed=options.seed,
@@ -108,9 +128,10 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     transformers.set_seed(options.seed)
     source = options.tokenizer or options.model or options.config
     tokenizer = transformers.AutoTokenizer.from_pretrained(source)
-    train = load_blocks(options.data, tokenizer, options.length, options.field)
-    held_out = options.eval_data and load_blocks(
-        options.eval_data, tokenizer, options.length, options.field
+    fields = Fields(options.field, options.prompt_field)
+    train, held_out = (
+        sources and load_blocks(sources, tokenizer, options.length, fields, options.split)
+        for sources in (options.data, options.eval_data)
     )
     model = build_model(options)
     trainer = transformers.Trainer(
@@ -120,6 +141,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
         eval_dataset=held_out,
         data_collator=transformers.default_data_collator,
         processing_class=tokenizer,
+        callbacks=[Recorder()],
     )
     say = print if trainer.is_world_process_zero() else lambda *_: None
     say(f"{len(train)} blocks of {options.length} tokens; loss: {audit(model)}")

@@ -13,14 +13,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from cce_ext.functional import linear_cross_entropy
+from cce_ext.functional import TokenMetrics, linear_cross_entropy
 from cce_ext.heads import Head, resolve_head
 from cce_ext.transformers.probe import Chain, forward_slot, output_layer
 from cce_ext.transformers.standin import StandInLogits, UnexplainedError, no_logits, plain
 
 
 class Options(NamedTuple):
-    """How the loss is computed: linear_cross_entropy's options, and train_only."""
+    """How the loss is computed: linear_cross_entropy's options, and train_only; return_metrics:
+    whether outputs carry per-token metrics."""
 
     impl: str
     reduction: str
@@ -30,6 +31,7 @@ class Options(NamedTuple):
     filter_e_grad: bool
     filter_c_grad: bool
     train_only: bool
+    return_metrics: bool
 
 
 class _Box:
@@ -75,6 +77,7 @@ class DirectCall:
 
     Attributes:
         stored: why this call stores its logits after all; empty if it does not.
+        metrics: facts of each token, if they were asked for and no logits are stored.
     """
 
     def __init__(
@@ -93,6 +96,7 @@ class DirectCall:
         self.ignore_index = kwargs.get("ignore_index", -100)
         self.box = _Box()
         self.loss: Tensor | None = None
+        self.metrics: TokenMetrics | None = None
         self.targets, self.shift = self.labels, chain.shift
         if self.shift_labels is not None:
             self.targets, self.shift = self.shift_labels, 0
@@ -113,7 +117,7 @@ class DirectCall:
             classifier = head.weight[: found.vocab]
             bias = None if head.bias is None else head.bias[: found.vocab]
         self.targets = self.targets.to(hidden.device)
-        self.loss = linear_cross_entropy(
+        result = linear_cross_entropy(
             hidden,
             classifier,
             self.targets,
@@ -130,7 +134,9 @@ class DirectCall:
             filter_c_grad=options.filter_c_grad,
             impl=options.impl,
             logit_scale=found.logit_scale,
+            return_metrics=options.return_metrics,
         )
+        self.loss, self.metrics = result if options.return_metrics else (result, None)
         logits = hidden.new_empty((*hidden.shape[:-2], 0, head.weight.shape[0]))
         # A compiled graph has no hooks to serve, and its operations were checked by the probe.
         return (

@@ -102,6 +102,8 @@ def cce_patch(
     filter_e_grad: bool = True,
     filter_c_grad: bool = True,
     train_only: bool = False,
+    *,
+    return_metrics: bool = False,
 ) -> TransformersModelT | None:
     """Makes a transformers model compute its loss without logits when it is called with labels.
 
@@ -118,6 +120,10 @@ def cce_patch(
         reduction: "mean" (over the labels that count, or num_items_in_batch if it is given),
             "sum" or "none" (the loss of each token; (B, T - 1), or (B, T) with shift_labels).
         train_only: leave the model alone in eval mode, where its logits may be wanted.
+        return_metrics: give outputs an attribute ``token_metrics``: target log-probability, most
+            likely token, whether it is right, and entropy of each token, without gradient
+            (:class:`cce_ext.TokenMetrics`, in the shape of reduction="none"). It is missing where
+            logits are stored, and from tuples (return_dict=False).
 
     Returns:
         The model that was given; None for a model type.
@@ -137,6 +143,7 @@ def cce_patch(
         filter_e_grad,
         filter_c_grad,
         train_only,
+        return_metrics,
     )
     cce_unpatch(model_type_or_model)
     for target in _targets(model_type_or_model):
@@ -221,7 +228,8 @@ def _patched(patch: _Patch) -> Callable[..., Any]:
         if labels is None and position is not None and position < len(args):
             labels = args[position]
         skipped = not patch.enabled or (patch.options.train_only and not self.training)
-        if labels is None or skipped or _active_patch(self) is not patch:
+        # None where something wraps the forward that does not say what it wraps.
+        if labels is None or skipped or _active_patch(self) not in (None, patch):
             return original(self, *args, **kwargs)
         state = _state_of(self)
         state.stored = obstacle(self)
@@ -239,6 +247,8 @@ def _patched(patch: _Patch) -> Callable[..., Any]:
                     output = without_memory(original(self, *args, **kwargs))
                 state.stored = call.stored
                 _tell(self, call.stored)
+                if call.metrics is not None and not isinstance(output, tuple):
+                    output.token_metrics = call.metrics
                 return output
             except UnexplainedError as error:
                 state.stored = str(error)
@@ -284,9 +294,14 @@ def _tell(model: Any, reason: str) -> None:
 
 
 def _patch_of(forward: Any) -> _Patch | None:
-    """The patch of a forward, also where something else wraps it (functools.wraps copies it)."""
-    patch = getattr(forward, "cce", None)
-    return patch if isinstance(patch, _Patch) and patch.enabled else None
+    """The patch of a forward, also where something else wraps it: functools.wraps copies it, and
+    accelerate's mixed precision leaves nothing but __wrapped__."""
+    while forward is not None:
+        patch = getattr(forward, "cce", None)
+        if isinstance(patch, _Patch) and patch.enabled:
+            return patch
+        forward = getattr(forward, "__wrapped__", None)
+    return None
 
 
 def _active_patch(model: Any) -> _Patch | None:
@@ -309,7 +324,7 @@ def _unbound(model: Any, previous: Any) -> Callable:
     else:
         forward = functools.wraps(previous)(lambda _, *args, **kwargs: previous(*args, **kwargs))
     patch = _patch_of(forward)
-    return patch.original if patch else forward
+    return patch.original if patch and forward is patch.function else forward
 
 
 def _targets(model_type_or_model: Any) -> list[Any]:
