@@ -13,6 +13,13 @@ namespace cce::cuda {
 // softcap, label smoothing or any scale; the dropped entries' weights, with everything.
 enum class Epilogue { kPlain, kGeneral, kTail };
 
+// What stands for the logit of a column that does not exist: its output is never used, but may be multiplied by zero, so it
+// must be finite; softcap' of -inf is not.
+template <Epilogue kEpilogue>
+__device__ __forceinline__ float absent_logit() {
+  return kEpilogue == Epilogue::kTail ? -INFINITY : 0.0f;
+}
+
 // Where the epilogue writes.
 template <typename T>
 struct DlogitsOut {

@@ -78,7 +78,7 @@ __device__ __forceinline__ void recompute_tiles(const Work& work, int count,
 #pragma unroll
     for (int m = 0; m < Config::kMmaM; ++m) {
       if constexpr (kEpilogue != Epilogue::kPlain)
-        make_logits<Columns, true>(acc[m], logits, first, -INFINITY);
+        make_logits<Columns, true>(acc[m], logits, first, absent_logit<kEpilogue>());
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
         const int r = warp_row + 16 * m + 8 * h;

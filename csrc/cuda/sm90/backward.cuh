@@ -69,7 +69,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
 #pragma unroll 1
     for (int m = 0; m < Config::kMmaM; ++m) {
       if constexpr (kEpilogue != Epilogue::kPlain)
-        make_logits<PairedColumns, false>(acc[0], logits, mine, -INFINITY);
+        make_logits<PairedColumns, false>(acc[0], logits, mine, absent_logit<kEpilogue>());
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
         const int position = at.row_block * Config::kBlockM + warp_row + 64 * m + 8 * h;
