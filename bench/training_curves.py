@@ -238,7 +238,7 @@ def plot(facts: dict[str, Any], path: str) -> None:
             left.plot(steps, values, color=colors[name], label=label, lw=1)
             gap = [x - y for x, y in zip(values, base, strict=True)]
             right.plot(steps, gap, color=colors[name], label=label, lw=1, marker=".")
-    left.set(xlabel="step", ylabel="held-out loss, nats", yscale="log")
+    left.set(xlabel="step", ylabel="held-out loss, nats")
     right.set(xlabel="step", ylabel="held-out loss above exact, nats")
     right.axhline(LIMIT, color="grey", ls=":", label="limit")
     for axes in (left, right):

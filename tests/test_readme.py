@@ -1,4 +1,5 @@
-"""Every Python example of README.md and of docs/ runs as it stands."""
+"""Every Python example of README.md and of docs/ runs as it stands; those of docs/distributed.md are
+one script (test_distributed_docs.py)."""
 
 from __future__ import annotations
 
@@ -22,7 +23,8 @@ def python_blocks(path: Path) -> list[tuple[Path, int, str]]:
     ]
 
 
-BLOCKS = [b for path in (README, *sorted(ROOT.glob("docs/*.md"))) for b in python_blocks(path)]
+DOCS = [path for path in sorted(ROOT.glob("docs/*.md")) if path.stem != "distributed"]
+BLOCKS = [b for path in (README, *DOCS) for b in python_blocks(path)]
 
 
 def test_readme_has_examples() -> None:
