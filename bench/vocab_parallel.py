@@ -23,7 +23,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from tqdm import tqdm
 
-from bench.step import MB, make_inputs
+from bench.problems import random_inputs
+from bench.timing import MB
 from cce_ext import VocabParallelOptions, linear_cross_entropy
 
 SHARDED = ("c", "lora_b")
@@ -74,8 +75,8 @@ def make_head(
 ) -> tuple[dict[str, Tensor], Tensor]:
     """Tensors of a whole head, the same on every rank, and targets; with a low-rank update (rank >
     0) the classifier is frozen."""
-    e, c, targets = make_inputs(n, v, d, dtype, device)
-    leaves = {"e": e.detach(), "c": c.detach()}
+    e, c, targets = random_inputs(n, v, d, dtype, device)
+    leaves = {"e": e, "c": c}
     if rank:
         generator = torch.Generator().manual_seed(1)
         for name, rows, columns in (("lora_a", rank, d), ("lora_b", v, rank)):

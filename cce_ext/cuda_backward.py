@@ -12,8 +12,8 @@ import os
 import torch
 from torch import Tensor
 
-# Tile of the kernels: a chunk is a whole number of column tiles.
-_TILE_ROWS, _TILE_COLUMNS = 128, 256
+# Rows of the kernels' tiles.
+_TILE_ROWS = 128
 # Bytes of workspace, fp32 sums included; CCE_BACKWARD_WORKSPACE_MB (in MB of 10⁶ bytes) overrides
 # it.
 DEFAULT_WORKSPACE_MB = 280
@@ -29,38 +29,37 @@ def workspace_bytes() -> int:
 def readable(t: Tensor, dtype: torch.dtype) -> Tensor:
     """``t`` (rows, cols) as the kernels read it: 16-bit, rows at multiples of 16 bytes; a copy only
     where needed."""
-    aligned = t.stride(1) == 1 and t.stride(0) % 8 == 0 and t.data_ptr() % 16 == 0
-    if t.dtype == dtype and aligned:
-        return t
     rows, cols = t.shape
+    pieces = t.stride(1) == 1 and t.stride(0) % 8 == 0 and t.data_ptr() % 16 == 0
+    # What lies between two rows of a view may be anything, and rows may lie in one another.
+    if t.dtype == dtype and pieces and cols % 8 == 0 and t.stride(0) >= cols:
+        return t
     padded = t.new_zeros(rows, -(-cols // 8) * 8, dtype=dtype)
     padded[:, :cols].copy_(t)
     return padded[:, :cols]
 
 
-def _chunk_columns(n: int, v: int, sums: int, device: torch.device) -> int:
+def _chunk_columns(e: Tensor, v: int, sums: int) -> int:
     """Columns of a chunk: at most what the workspace takes, and of those the count whose tiles fill
     whole waves best.
 
-    ``sums``: bytes of the fp32 sums.
+    Shape: e (N, D). ``sums``: bytes of the fp32 sums.
     """
+    n, tile = e.shape[0], torch.ops.cce.column_tile(e)
     budget = max(workspace_bytes() - sums, min(_MIN_CHUNK_BYTES, workspace_bytes()))
-    most = max(1, budget // (2 * n * _TILE_COLUMNS))
-    if most >= -(-v // _TILE_COLUMNS):
+    most = max(1, budget // (2 * n * tile))
+    if most >= -(-v // tile):
         return v  # everything in one chunk
     if most > 256:
-        return most * _TILE_COLUMNS  # many small waves: nothing to gain
+        return most * tile  # many small waves: nothing to gain
     row_tiles = -(-n // _TILE_ROWS)
-    blocks = torch.cuda.get_device_properties(device).multi_processor_count
+    blocks = torch.cuda.get_device_properties(e.device).multi_processor_count
 
     def fullness(tiles: int) -> float:
         count = row_tiles * tiles
         return round(count / (-(-count // blocks) * blocks), 2)
 
-    return (
-        max(range(most - most // 3, most + 1), key=lambda tiles: (fullness(tiles), tiles))
-        * _TILE_COLUMNS
-    )
+    return max(range(most - most // 3, most + 1), key=lambda tiles: (fullness(tiles), tiles)) * tile
 
 
 def _row_vector(t: Tensor | None) -> Tensor | None:
@@ -151,7 +150,7 @@ def exact_backward(
 
     buffer: Tensor | None = None
     sums = 4 * sum(t.total.numel() for t in (de, du) if t is not None)
-    step = _chunk_columns(n, v, sums, e.device)
+    step = _chunk_columns(e, v, sums)
     for first in range(0, v, step):
         last = min(first + step, v)
         columns = last - first

@@ -9,14 +9,16 @@ from __future__ import annotations
 import argparse
 import math
 import time
-from statistics import median
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from bench.step import cpu_peak_mb, cuda_peak_mb, eager_loss, make_inputs, step, timed_step
+from bench.methods import cce, eager
+from bench.problems import Config, make_problem
+from bench.speed import Work, measure
+from bench.timing import Timer
 from cce_ext import linear_cross_entropy
 from examples.model import LanguageModel
 from examples.text import HELD_OUT, Corpus, load_corpus, sample_batch, unigram_entropy, windows
@@ -41,9 +43,17 @@ class Cost(NamedTuple):
 
 
 def train(
-    model: LanguageModel, corpus: Corpus, seconds: float, seed: int, device: torch.device
+    model: LanguageModel,
+    tokens: Tensor,
+    seconds: float,
+    seed: int,
+    device: torch.device,
+    batch: int = BATCH,
+    length: int = LENGTH,
+    rate: float = 4e-3,
 ) -> Training:
-    """AdamW for ``seconds`` and at least MIN_STEPS; the batches depend on the seed alone."""
+    """AdamW for ``seconds`` and at least MIN_STEPS on windows (batch, length) of a text; the batches
+    depend on the seed alone."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=1.0, betas=(0.9, 0.98), weight_decay=0.01)
     generator = torch.Generator().manual_seed(seed)
     losses: list[float] = []
@@ -51,13 +61,13 @@ def train(
     form = "{desc} {percentage:3.0f}% |{bar}| {n:.0f}/{total:.0f} s{postfix}"
     with tqdm(total=seconds, desc="training", bar_format=form) as bar:
         while len(losses) < MIN_STEPS or time.monotonic() - start < seconds:
-            tokens = sample_batch(corpus.train, BATCH, LENGTH, generator).to(device)
+            inputs = sample_batch(tokens, batch, length, generator).to(device)
             for group in optimizer.param_groups:
-                group["lr"] = learning_rate(len(losses))
+                group["lr"] = rate * learning_rate(len(losses))
             with torch.autocast("cuda", torch.bfloat16, enabled=device.type == "cuda"):
-                h = model(tokens)
-                # Position i predicts token i + 1; the (BATCH, LENGTH, VOCAB) logits never exist.
-                loss = linear_cross_entropy(h, model.lm_head.weight, tokens, shift=1)
+                h = model(inputs)
+                # Position i predicts token i + 1; the (batch, length, vocab) logits never exist.
+                loss = linear_cross_entropy(h, model.lm_head.weight, inputs, shift=1)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -72,8 +82,9 @@ def train(
 
 
 def learning_rate(done: int) -> float:
-    """Ten steps of warm-up, then constant, then 1/sqrt: a matter of the step, not of the clock."""
-    return 4e-3 * min((done + 1) / 10, 1.0, math.sqrt(150 / (done + 1)))
+    """Factor of the rate: ten steps of warm-up, then constant, then 1/sqrt: a matter of the step, not
+    of the clock."""
+    return min((done + 1) / 10, 1.0, math.sqrt(150 / (done + 1)))
 
 
 @torch.no_grad()
@@ -100,40 +111,29 @@ def print_extremes(corpus: Corpus, losses: Tensor) -> None:
             print(f"  {math.exp(-losses[i]):>11.2g}  {token:<16}  ...{context[-40:]!r}")
 
 
-def gradient_error(n: int, v: int, d: int, device: torch.device, dtype: torch.dtype) -> float:
+def gradient_error(config: Config, device: torch.device) -> float:
     """Largest relative error of both gradients against float32 logits."""
-    e, c, targets = make_inputs(n, v, d, dtype, device)
-    exact = [x.detach().float().requires_grad_() for x in (e, c)]
-    step(eager_loss, exact[0], exact[1], targets)
-    step(linear_cross_entropy, e, c, targets)
+    problem = make_problem(config, device)
+    e, c = (x.detach().float().requires_grad_() for x in (problem.e, problem.c))
+    exact = torch.autograd.grad(eager(problem._replace(e=e, c=c)), (e, c))
+    ours = torch.autograd.grad(cce(problem), (problem.e, problem.c))
     errors = [
-        torch.linalg.norm(x.grad.float() - y.grad) / torch.linalg.norm(y.grad)
-        for x, y in zip((e, c), exact, strict=True)
+        torch.linalg.norm(x.float() - y) / torch.linalg.norm(y)
+        for x, y in zip(ours, exact, strict=True)
     ]
     return max(error.item() for error in errors)
 
 
-def costs(n: int, v: int, d: int, device: torch.device, dtype: torch.dtype) -> tuple[Cost, Cost]:
+def costs(config: Config, device: torch.device) -> tuple[Cost, Cost]:
     """One step with stored logits, and without; the two take turns."""
-    losses = {"eager": eager_loss, "cce": linear_cross_entropy}
-    inputs = make_inputs(n, v, d, dtype, device)
-    seconds: dict[str, list[float]] = {name: [] for name in losses}
-    peak: dict[str, float] = {}
-    with tqdm(total=10, desc="comparing", leave=True) as bar:
-        for name, loss in losses.items():
-            if device.type == "cuda":
-                peak[name] = cuda_peak_mb(loss, *inputs)
-            else:
-                peak[name] = cpu_peak_mb(name, n, v, d, dtype)
-            bar.update()
-        for repeat in range(4):
-            for name, loss in losses.items():
-                seconds[name].append(timed_step(loss, *inputs))
-                bar.update()
-            if repeat == 0:  # warm-up
-                seconds = {name: [] for name in losses}
-    eager, ours = (Cost(peak[name], 1e3 * median(seconds[name])) for name in losses)
-    return eager, ours
+    methods, kind = ("eager", "cce"), "loss-fw-bw"
+    rows = measure(config, Work(methods, (kind,)), Timer(device))
+    found = {row["method"]: row for row in rows}
+    for method in methods:
+        if "error" in found[method]:
+            raise RuntimeError(f"{method}: {found[method]['error']}")
+    stored, ours = (Cost(found[m]["extra_mb"], found[m]["runtime_ms"]) for m in methods)
+    return stored, ours
 
 
 def print_table(rows: list[tuple[str, str, str]], header: tuple[str, str, str]) -> None:
@@ -155,7 +155,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="10 seconds, less text, small sizes")
     args = parser.parse_args()
     device = torch.device(args.device)
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    dtype = "bfloat16" if device.type == "cuda" else "float32"
     seconds = 10.0 if args.quick else args.seconds
     n, v, d = (1024, 16384, 128) if args.quick else (4096, 32768, 256)
 
@@ -168,7 +168,7 @@ def main() -> None:
     )
     torch.manual_seed(args.seed)
     model = LanguageModel(corpus.vocab, LENGTH).to(device)
-    result = train(model, corpus, seconds, args.seed, device)
+    result = train(model, corpus.train, seconds, args.seed, device)
     model.eval()
     losses = token_losses(model, corpus.held_out, device)
     perplexity = losses.mean().exp().item()
@@ -178,8 +178,9 @@ def main() -> None:
         f"\nThe same output layer with stored logits and without: {n} tokens, {v} classes, "
         f"width {d}."
     )
-    error = gradient_error(n, v, d, device, dtype)
-    eager, ours = costs(n, v, d, device, dtype)
+    config = Config("demo", n, v, d, dtype)
+    error = gradient_error(config, device)
+    stored, ours = costs(config, device)
 
     print(f"\nTraining ({result.steps} steps on {device}), in nats per token:")
     nats = [
@@ -193,12 +194,10 @@ def main() -> None:
         (f"{HELD_OUT}, never trained on", f"{math.log(perplexity):.2f}", f"{perplexity:.0f}"),
     ]
     print_table(nats, ("", "nats", "perplexity"))
-    print(
-        f"\nOne step, forward and backward ({n} x {v} x {d}, {str(dtype).removeprefix('torch.')}):"
-    )
+    print(f"\nOne step, forward and backward ({n} x {v} x {d}, {dtype}):")
     table = [
-        ("extra memory, MB", f"{eager.megabytes:.0f}", f"{ours.megabytes:.0f}"),
-        ("time, ms", f"{eager.milliseconds:.1f}", f"{ours.milliseconds:.1f}"),
+        ("extra memory, MB", f"{stored.megabytes:.0f}", f"{ours.megabytes:.0f}"),
+        ("time, ms", f"{stored.milliseconds:.1f}", f"{ours.milliseconds:.1f}"),
         ("relative error of the gradients", "(reference)", f"{error:.1e}"),
     ]
     print_table(table, ("", "stored logits", "cce_ext"))

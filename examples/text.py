@@ -24,10 +24,9 @@ class Corpus(NamedTuple):
     tokenizer: str
 
 
-def read_sources(limit: int) -> tuple[list[str], str]:
-    """Up to ``limit`` characters of the standard library's modules, and the held-out file."""
-    root = Path(sysconfig.get_paths()["stdlib"])
-    held_out = (root / HELD_OUT).read_text(encoding="utf-8")
+def read_tree(root: Path, limit: int) -> list[str]:
+    """Up to ``limit`` characters of a folder's Python files, in the order of their paths; tests and
+    installed packages inside it are left out."""
     texts: list[str] = []
     size = 0
     for path in sorted(root.rglob("*.py")):
@@ -41,7 +40,13 @@ def read_sources(limit: int) -> tuple[list[str], str]:
         size += len(text)
         if size > limit:
             break
-    return texts, held_out
+    return texts
+
+
+def read_sources(limit: int) -> tuple[list[str], str]:
+    """Up to ``limit`` characters of the standard library's modules, and the held-out file."""
+    root = Path(sysconfig.get_paths()["stdlib"])
+    return read_tree(root, limit), (root / HELD_OUT).read_text(encoding="utf-8")
 
 
 def load_corpus(vocab: int, limit: int = 6_000_000) -> Corpus:

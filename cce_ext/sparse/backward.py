@@ -15,8 +15,7 @@ from cce_ext.sparse import tail
 from cce_ext.sparse.forward import Lists
 
 # Bytes of a chunk of the sampled rows' tails.
-_TAIL_BYTES = 32 << 20
-_TILE_COLUMNS = 256
+_TAIL_BYTES = 48 << 20
 # Lifts the sampled tails, whose rows add up to about 1, out of float16's smallest numbers.
 _LIFT = 2.0**10
 
@@ -34,16 +33,6 @@ class _Call(NamedTuple):
     options: LossOptions
     vocab: tuple[int, int]  # first id, size of the whole vocabulary
     eps: float
-
-    def tails(self, out: Tensor, rows: tuple[Tensor, Tensor, Tensor], columns: slice) -> None:
-        """out = the dropped entries' weights of some rows (order, count, records) and columns."""
-        o = self.options
-        bias = None if self.bias is None else self.bias[columns]
-        b = None if self.lora_b is None else self.lora_b[columns]
-        torch.ops.cce.dlogits_(
-            out, self.e, self.c[columns], bias, self.u, b, *rows, columns.start, o.softcap,
-            o.logit_scale, o.label_smoothing, compact=True, tail_eps=self.eps,
-        )  # fmt: skip
 
     def records(
         self, dnll: Tensor | None, dlse: Tensor | None, order: Tensor, count: Tensor
@@ -172,27 +161,48 @@ def _sparse(
 
 def _spread(call: _Call, lists: Lists, a: Tensor, d: Tensor, row_mass: Tensor) -> tail.Spread:
     """The tail of every row: sampled rows' logits again, their dropped entries by class."""
-    v, o = call.c.shape[0], call.options
+    o = call.options
     sample = tail.sample_rows(a, row_mass)
     classes = tail.classify(call.e, call.u, sample.rows)
-    order = sample.rows.int()
-    size = order.shape[0]
-    count = torch.full((1,), size, device=order.device, dtype=torch.int32)
-    rows = (order, count, call.records(None, sample.weight * _LIFT, order, count))
     member = tail.one_hot(classes[sample.rows], tail.CLASSES, call.e.dtype).T.contiguous()
-    weights = torch.empty(tail.CLASSES, v, device=order.device)
-    step = max(_TILE_COLUMNS, _TAIL_BYTES // (2 * size) // _TILE_COLUMNS * _TILE_COLUMNS)
-    buffer = torch.empty(size, -(-min(step, v) // 8) * 8, device=order.device, dtype=call.e.dtype)
-    for first in range(0, v, step):
-        columns = slice(first, min(first + step, v))
-        part = buffer[:, : columns.stop - first]
-        call.tails(part, rows, columns)
-        weights[:, columns] = tail.wide_mm(member, part)
+    weights = _sampled_tails(call, sample.rows, sample.weight[sample.rows] * _LIFT, member)
     uniform = None
     if o.label_smoothing:
         uniform = d * (-o.logit_scale * o.label_smoothing / call.vocab[1])
     mass = lists.mass * (a * o.logit_scale)[:, None]
     return tail.Spread(mass, classes, tail.shapes(weights), uniform)
+
+
+def _sampled_tails(call: _Call, rows: Tensor, weight: Tensor, member: Tensor) -> Tensor:
+    """(K, V): what the sampled rows drop, times their weight, summed by class; rows (R,), weight
+    (R,), member (K, R) ones and zeros."""
+    v, size, o = call.c.shape[0], rows.shape[0], call.options
+    # A call of its own over copies of these rows: neighbours in memory are loaded as tiles.
+    sampled = call._replace(
+        e=call.e[rows],
+        u=None if call.u is None else readable(call.u[rows], call.u.dtype),
+        targets=call.targets[rows],
+        lse=call.lse[rows],
+    )
+    order = torch.arange(size, device=rows.device, dtype=torch.int32)
+    count = torch.full((1,), size, device=rows.device, dtype=torch.int32)
+    records = sampled.records(None, weight, order, count)
+    sums = torch.empty(member.shape[0], v, device=rows.device)
+    tile = torch.ops.cce.column_tile(call.e)
+    step = max(tile, _TAIL_BYTES // (2 * size) // tile * tile)
+    buffer = torch.empty(size, -(-min(step, v) // 8) * 8, device=rows.device, dtype=call.e.dtype)
+    for first in range(0, v, step):
+        columns = slice(first, min(first + step, v))
+        part = buffer[:, : columns.stop - first]
+        torch.ops.cce.dlogits_(
+            part, sampled.e, call.c[columns],
+            None if call.bias is None else call.bias[columns],
+            sampled.u, None if call.lora_b is None else call.lora_b[columns],
+            order, count, records, first, o.softcap, o.logit_scale, o.label_smoothing,
+            tail_eps=call.eps,
+        )  # fmt: skip
+        sums[:, columns] = tail.wide_mm(member, part)
+    return sums
 
 
 class _Kept(NamedTuple):

@@ -183,14 +183,14 @@ def _collect(
         *inputs, eps, candidate_capacity(n, v, eps)
     )
     pooled = (pool, counts, bound2, order, count, lse, target_logit, targets, eps, *place)
-    kept, exact, column_counts = torch.ops.cce.count_kept(*pooled)
+    kept, exact, column_counts = torch.ops.cce.count_kept(*pooled)  # kept: (row blocks, parts)
     capacity = kept_capacity(n, v, eps)
-    ends = kept.cumsum(0)
-    exact = exact | (ends > capacity).to(torch.uint8)
+    ends = kept.flatten().cumsum(0).view_as(kept)
+    exact = exact | (ends[:, -1] > capacity).to(torch.uint8)
     # A larger number than any position and id, in as many bits.
     id_bits, row_bits = v.bit_length(), n.bit_length() + 1
     nothing = (1 << (id_bits + row_bits)) - 1
-    hot_ids, slots = _hot_ids(column_counts)
+    hot_ids, slots = _hot_ids(column_counts, n)
     keys = torch.full((capacity,), nothing, device=device, dtype=torch.int64)
     logits = torch.zeros(capacity, device=device)
     torch.ops.cce.write_kept(*pooled, exact, ends - kept, slots, id_bits, keys, logits)
@@ -241,15 +241,15 @@ def _lists(
     )  # fmt: skip
 
 
-def _hot_ids(counts: Tensor) -> tuple[Tensor, Tensor]:
+def _hot_ids(counts: Tensor, n: int) -> tuple[Tensor, Tensor]:
     """The ids with the largest counts (V,), ascending, and the place (V,) of each id among them, or
-    -1. Ties go to the smaller id, so that every run chooses the same."""
+    -1. Ties go to the smaller id, so that every run chooses the same. n: no count is larger."""
     v = counts.shape[0]
-    ids = torch.arange(v, device=counts.device)
-    ranked = (counts.long() + 1) * v - ids
-    hot = ranked.topk(min(HOT_IDS, v), sorted=False).indices.sort().values
+    ids = torch.arange(v, device=counts.device, dtype=torch.int32)
+    _, ranked = torch.ops.cce.sort_pairs(n - counts, ids, n.bit_length())
+    hot = ranked[: min(HOT_IDS, v)].sort().values.long()
     slots = torch.full((v,), -1, device=counts.device, dtype=torch.int32)
-    slots[hot] = torch.arange(hot.shape[0], device=counts.device, dtype=torch.int32)
+    slots[hot] = ids[: hot.shape[0]]
     return hot, slots
 
 

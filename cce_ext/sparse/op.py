@@ -42,7 +42,7 @@ def refusal(c: Tensor, n: int, options: LossOptions, eps: float) -> str:
         return "a threshold below 2^-24 is exact"
     if n == 0:
         return "there are no rows"
-    if c.stride(1) != 1 or c.stride(0) % 8:
+    if c.stride(1) != 1 or c.stride(0) % 8 or c.shape[1] % 8 or c.stride(0) < c.shape[1]:
         return "the rows of c do not lie one after another at multiples of 16 bytes"
     # A row block counts its candidates, up to 128 a vocabulary entry, in 32 bits.
     if vocab >= 2**24 or kept_capacity(n, vocab, eps) >= 2**31:

@@ -3,11 +3,19 @@
 
 #include "cuda/backend.h"
 #include "cuda/sm80/backend.h"
+#if CCE_HAS_SM90
+#include "cuda/sm90/backend.h"
+#endif
 
 namespace cce::cuda {
 
 const std::vector<Backend>& backends() {
   static const std::vector<Backend> table = {
+#if CCE_HAS_SM90
+      // Lists of exact rows are short or rare: the portable kernel serves them here too.
+      {"sm90", sm90::kBlockM, sm90::kBlockN, sm90::unsupported, sm90::forward, sm90::backward,
+       sm80::exact_rows},
+#endif
       {"sm80", sm80::kBlockM, sm80::kBlockN, sm80::unsupported, sm80::forward, sm80::backward,
        sm80::exact_rows},
   };

@@ -21,11 +21,15 @@ struct Matrix {
   int64_t rows = 0, cols = 0;
 };
 
-// The rows of a call in the order in which they are worked on: rows that count first, ignored rows after them.
+// The rows of a call in the order in which they are worked on: rows that count first, ascending, ignored rows after them.
 struct RowOrder {
   const int32_t* rows = nullptr;   // (N,) row numbers
   const int32_t* count = nullptr;  // (1,) how many rows count
 };
+
+// Ids of a vocabulary group, over which the sparse gradient keeps each row's mass: a whole number of column tiles of every
+// architecture. A split never crosses a group's end. cce_ext/sparse/tail.py has the same number.
+constexpr int kGroupCols = 4608;
 
 // The long-K product z = [E, U] [C, B]ᵀ over one stretch of the vocabulary.
 struct Head {
@@ -44,16 +48,17 @@ struct Partials {
   float* logit_sum = nullptr;  // Σ z, null unless label smoothing
   float* weighted = nullptr;   // Σ 2^(z log2(e) - max) z, null unless metrics
   int32_t* argmax = nullptr;   // shard-local id, null unless metrics
-  float* capped = nullptr;     // Σ 2^(z log2(e) - max) softcap'(z), null unless training with a softcap
+  float* capped =
+      nullptr;  // Σ 2^(z log2(e) - max) softcap'(z), null unless training with a softcap
 };
 
 // Where the training forward puts entries that the sparse gradient may keep, pooled over the rows of a row block.
 struct Candidates {
   const float* bound2 = nullptr;  // (N,) by row: a lower bound of the row's lse, base 2
   float log2_eps = 0.0f;          // of the threshold
-  uint2* pool = nullptr;          // (row blocks, capacity): {shard-local id | row in block << 25, logit}
-  int32_t* counts = nullptr;      // (row blocks,) candidates found, those that did not fit included
-  int64_t capacity = 0;           // entries a row block
+  uint2* pool = nullptr;  // (row blocks, capacity): {shard-local id | row in block << 25, logit}
+  int32_t* counts = nullptr;  // (row blocks,) candidates found, those that did not fit included
+  int64_t capacity = 0;       // entries a row block
 };
 // Bits of the id in a candidate; a block has 128 rows.
 constexpr int kCandidateIdBits = 25;
@@ -72,8 +77,8 @@ struct BackwardParams {
   void* dlogits = nullptr;            // (N, ld_dlogits), the head's dtype
   int64_t ld_dlogits = 0;             // multiple of 8
   int64_t n = 0;
-  bool compact = false;   // row i of dlogits is position i of the order, and no row beyond the count is touched
-  bool tail = false;      // instead of gradients: a p softcap' of entries with p < tail_eps, targets left out
+  bool tail =
+      false;  // instead of gradients: a p softcap' of entries with p < tail_eps, targets left out
   float tail_eps = 0.0f;
 };
 

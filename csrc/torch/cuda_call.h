@@ -8,17 +8,17 @@
 
 #include "cuda/backend.h"
 #include "cuda/common/rows.h"
+#include "cuda/device_info.h"
 #include "torch/bridge.h"
 #include "torch/stream.h"
 
 namespace cce::torch_api {
 
-// Columns of a vocabulary group: a split never crosses a group's end.
-inline constexpr int64_t kGroupCols = 4096;
+using cuda::kGroupCols;
 // Bytes of a classifier chunk that has to be copied to be readable by the kernels.
 inline constexpr int64_t kPackBytes = int64_t{64} << 20;
-// Units of work that keep a large GPU busy; fewer, and splits are made smaller.
-inline constexpr int64_t kEnoughUnits = 1024;
+// Bytes of (max, sum) partials that a call may take for the sake of an even load.
+inline constexpr int64_t kPartialBytes = int64_t{12} << 20;
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -38,11 +38,13 @@ inline const cuda::Backend& backend() {
   return *choice.backend;
 }
 
-// The kernels read rows of 16-byte pieces.
-inline bool is_readable(const Tensor& t) {
-  return t.stride(1) == 1 && t.stride(0) % 8 == 0 &&
+// The kernels read rows of whole 16-byte pieces, which must not lie in one another.
+inline bool has_pieces(const Tensor& t) {
+  return t.stride(1) == 1 && t.stride(0) % 8 == 0 && t.stride(0) >= t.size(1) &&
          reinterpret_cast<uintptr_t>(t.const_data_ptr()) % 16 == 0;
 }
+// Whether a tensor of a user's can be read as it is: what lies beyond a row's last column may be anything.
+inline bool is_readable(const Tensor& t) { return has_pieces(t) && t.size(1) % 8 == 0; }
 
 // t itself where the kernels can read it in this dtype, else a copy with zeros up to the next multiple of 8 columns.
 inline Tensor readable(const Tensor& t, ScalarType dtype) {
@@ -85,6 +87,28 @@ struct Order {
   }
 };
 
+// Column tiles that share one partial: a divisor of a group's tiles, as large as an even load of the multiprocessors
+// allows. Blocks take units (row block x split) in turn, so the last round may be all but empty.
+inline int choose_tiles_per_split(int64_t n, int64_t v, const cuda::Backend& backend) {
+  const int whole = static_cast<int>(kGroupCols / backend.block_n);
+  const int64_t row_blocks = ceil_div(n, backend.block_m);
+  const int64_t blocks = cuda::current_device().multiprocessors;
+  const int64_t tiles = ceil_div(v, backend.block_n);
+  int best = whole;
+  int64_t best_rounds = 0;  // in tiles
+  for (int t = whole; t >= 1; --t) {
+    if (whole % t != 0) continue;
+    const int64_t splits = ceil_div(tiles, t);
+    if (best_rounds && 8 * splits * n > kPartialBytes) break;
+    const int64_t rounds = ceil_div(row_blocks * splits, blocks) * t;
+    // A hundredth is worth smaller units, less is not.
+    if (best_rounds && 100 * rounds >= 99 * best_rounds) continue;
+    best = t;
+    best_rounds = rounds;
+  }
+  return best;
+}
+
 // Partials of all splits of a call, and which of them a launch fills.
 struct PartialBuffers {
   Tensor max_sum, logit_sum, weighted, argmax, capped;
@@ -92,16 +116,11 @@ struct PartialBuffers {
   int tiles_per_split = 1;
 
   PartialBuffers(const Inputs& in, const cuda::Backend& backend, bool metrics, bool training)
-      : n(in.n) {
-    tiles_per_split = static_cast<int>(kGroupCols / backend.block_n);
-    const int64_t row_blocks = ceil_div(in.n, backend.block_m);
-    const auto count = [&] { return ceil_div(in.v, int64_t{tiles_per_split} * backend.block_n); };
-    while (tiles_per_split > 1 && row_blocks * count() < kEnoughUnits) tiles_per_split /= 2;
-    splits = count();
+      : n(in.n), tiles_per_split(choose_tiles_per_split(in.n, in.v, backend)) {
+    splits = ceil_div(in.v, int64_t{tiles_per_split} * backend.block_n);
     max_sum = empty(in.e, {splits, n, 2}, ScalarType::Float);
     if (in.options.label_smoothing != 0.0) logit_sum = empty(in.e, {splits, n}, ScalarType::Float);
-    if (training && in.options.softcap != 0.0)
-      capped = empty(in.e, {splits, n}, ScalarType::Float);
+    if (training && in.options.softcap != 0.0) capped = empty(in.e, {splits, n}, ScalarType::Float);
     if (metrics) {
       weighted = empty(in.e, {splits, n}, ScalarType::Float);
       argmax = empty(in.e, {splits, n}, ScalarType::Int);
@@ -158,7 +177,7 @@ inline void fill_partials(const Inputs& in, const cuda::Backend& backend, const 
 }
 
 inline Tensor gather_target_logits(const Inputs& in, const Order& order, const Tensor& bias,
-                            cudaStream_t stream) {
+                                   cudaStream_t stream) {
   Tensor result = zeros(in.e, {in.n}, ScalarType::Float);
   // The gather reads a few rows of B only, but in the head's dtype, as the mainloop does.
   const Tensor b = in.lora_b ? cast(*in.lora_b, in.e.scalar_type()) : Tensor();
@@ -190,7 +209,7 @@ inline const float* fp32_vector(const std::optional<Tensor>& t, const char* name
 }
 
 inline void check_readable(const Tensor& t, const Tensor& e, const char* name) {
-  STD_TORCH_CHECK(t.scalar_type() == e.scalar_type() && is_readable(t), name,
+  STD_TORCH_CHECK(t.scalar_type() == e.scalar_type() && has_pieces(t), name,
                   " must have e's dtype and rows that start at multiples of 16 bytes");
 }
 

@@ -19,8 +19,9 @@ STABLE_TORCH_LIBRARY(cce, m) {
       "Tensor dbias, Tensor du, Tensor dlora_b)");
   // Pieces of the CUDA backward. row_order: row numbers, those that count first, and how many count. row_gradients: one
   // 32-byte record a row, in that order. dlogits_: writes dloss/dproduct of one chunk of the vocabulary, whose first
-  // shard-local id is first_col; rows that do not count become zeros. compact: rows of out by position in the order, those
-  // beyond the count untouched. tail_eps: instead of gradients, a p softcap' of entries below that probability.
+  // shard-local id is first_col; rows that do not count become zeros. tail_eps: instead of gradients, a p softcap' of
+  // entries below that probability. column_tile: columns of a tile of the kernels that serve this device.
+  m.def("column_tile(Tensor like) -> int");
   m.def("row_order(Tensor targets, int ignore_index) -> (Tensor rows, Tensor count)");
   m.def(
       "row_gradients(Tensor? dnll, Tensor? dlse, Tensor lse, Tensor targets, Tensor row_order, "
@@ -29,7 +30,7 @@ STABLE_TORCH_LIBRARY(cce, m) {
   m.def(
       "dlogits_(Tensor(a!) out, Tensor e, Tensor c, Tensor? bias, Tensor? u, Tensor? lora_b, "
       "Tensor row_order, Tensor row_count, Tensor row_gradients, int first_col, float softcap, "
-      "float logit_scale, float label_smoothing, bool compact=False, float? tail_eps=None) -> ()");
+      "float logit_scale, float label_smoothing, float? tail_eps=None) -> ()");
   // Pieces of the sparse gradient, in the order of their use; see cce_ext/sparse. Lists have a fixed capacity.
   m.def(
       "target_logits(Tensor e, Tensor c, Tensor targets, Tensor? bias, Tensor? u, Tensor? lora_b, "
@@ -58,7 +59,8 @@ STABLE_TORCH_LIBRARY(cce, m) {
   m.def("sort_pairs(Tensor keys, Tensor values, int bits) -> (Tensor keys, Tensor values)");
   m.def(
       "dropped_mass(Tensor max_sum, Tensor capped, Tensor first, Tensor hot, Tensor ids, "
-      "Tensor logits, Tensor row_order, Tensor row_count, Tensor lse, int shard_size, float softcap) -> Tensor");
+      "Tensor logits, Tensor row_order, Tensor row_count, Tensor lse, int shard_size, float "
+      "softcap) -> Tensor");
   m.def(
       "entry_weights(Tensor count, Tensor rows, Tensor ids, Tensor logits, Tensor a, Tensor d, "
       "Tensor lse, Tensor targets, float softcap, float logit_scale, float label_smoothing, "

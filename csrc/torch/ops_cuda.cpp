@@ -60,12 +60,16 @@ Tensor row_gradients_cuda(std::optional<Tensor> dnll, std::optional<Tensor> dlse
   return out;
 }
 
+int64_t column_tile_cuda(Tensor like) {
+  const torch::stable::accelerator::DeviceGuard guard(like.get_device_index());
+  return backend().block_n;
+}
+
 // See the schema: one chunk of logit gradients. All matrices readable as they are.
 void dlogits_cuda(Tensor out, Tensor e, Tensor c, std::optional<Tensor> bias,
                   std::optional<Tensor> u, std::optional<Tensor> lora_b, Tensor row_order,
                   Tensor row_count, Tensor row_gradients, int64_t first_col, double softcap,
-                  double logit_scale, double label_smoothing, bool compact,
-                  std::optional<double> tail_eps) {
+                  double logit_scale, double label_smoothing, std::optional<double> tail_eps) {
   const torch::stable::accelerator::DeviceGuard guard(e.get_device_index());
   check_readable(out, e, "out");
   STD_TORCH_CHECK(out.size(0) == row_order.size(0) && out.size(1) == c.size(0),
@@ -80,7 +84,6 @@ void dlogits_cuda(Tensor out, Tensor e, Tensor c, std::optional<Tensor> bias,
   p.dlogits = out.mutable_data_ptr();
   p.ld_dlogits = out.stride(0);
   p.n = row_order.size(0);
-  p.compact = compact;
   p.tail = tail_eps.has_value();
   p.tail_eps = static_cast<float>(tail_eps.value_or(0.0));
   if (p.n == 0 || c.size(0) == 0) return;
@@ -94,5 +97,6 @@ STABLE_TORCH_LIBRARY_IMPL(cce, CUDA, m) {
   m.impl("linear_ce_forward", TORCH_BOX(&cce::torch_api::forward_cuda));
   m.impl("row_order", TORCH_BOX(&cce::torch_api::row_order_cuda));
   m.impl("row_gradients", TORCH_BOX(&cce::torch_api::row_gradients_cuda));
+  m.impl("column_tile", TORCH_BOX(&cce::torch_api::column_tile_cuda));
   m.impl("dlogits_", TORCH_BOX(&cce::torch_api::dlogits_cuda));
 }

@@ -58,8 +58,8 @@ Tensor row_bounds_cuda(Tensor products, std::optional<Tensor> bias, Tensor count
   return bound2;
 }
 
-using TrainingResult = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor,
-                                  Tensor, Tensor>;
+using TrainingResult =
+    std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 TrainingResult training_forward_cuda(Tensor e, Tensor c, Tensor targets, std::optional<Tensor> bias,
                                      std::optional<Tensor> u, std::optional<Tensor> lora_b,
@@ -93,8 +93,7 @@ TrainingResult training_forward_cuda(Tensor e, Tensor c, Tensor targets, std::op
       finish(in, order, partials, target_logit, metrics, stream);
   const Tensor capped =
       partials.capped.defined() ? partials.capped : empty(in.e, {0}, ScalarType::Float);
-  return {nll,    lse,    logit_sum, max_logit, argmax, entropy, partials.max_sum, capped,
-          pool,   counts};
+  return {nll, lse, logit_sum, max_logit, argmax, entropy, partials.max_sum, capped, pool, counts};
 }
 
 cuda::KeepParams keep_params(const Tensor& pool, const Tensor& counts, const Tensor& bound2,
@@ -121,15 +120,15 @@ cuda::KeepParams keep_params(const Tensor& pool, const Tensor& counts, const Ten
 }
 
 std::tuple<Tensor, Tensor, Tensor> count_kept_cuda(Tensor pool, Tensor counts, Tensor bound2,
-                                           Tensor row_order, Tensor row_count, Tensor lse,
-                                           Tensor target_logit, Tensor targets, double eps,
-                                           int64_t ignore_index, int64_t shard_size,
-                                           int64_t vocab_start, int64_t vocab_total) {
+                                                   Tensor row_order, Tensor row_count, Tensor lse,
+                                                   Tensor target_logit, Tensor targets, double eps,
+                                                   int64_t ignore_index, int64_t shard_size,
+                                                   int64_t vocab_start, int64_t vocab_total) {
   const Guard guard(lse.get_device_index());
   cuda::KeepParams p =
       keep_params(pool, counts, bound2, row_order, row_count, lse, target_logit, targets, eps,
                   ignore_index, shard_size, vocab_start, vocab_total);
-  Tensor kept = empty(lse, {pool.size(0)}, ScalarType::Int);
+  Tensor kept = empty(lse, {pool.size(0), cuda::kKeepParts}, ScalarType::Int);
   Tensor exact = empty(lse, {pool.size(0)}, ScalarType::Byte);
   p.kept = i32(kept, "kept");
   Tensor column_counts = zeros(lse, {shard_size}, ScalarType::Int);
@@ -142,8 +141,8 @@ std::tuple<Tensor, Tensor, Tensor> count_kept_cuda(Tensor pool, Tensor counts, T
 void write_kept_cuda(Tensor pool, Tensor counts, Tensor bound2, Tensor row_order, Tensor row_count,
                      Tensor lse, Tensor target_logit, Tensor targets, double eps,
                      int64_t ignore_index, int64_t shard_size, int64_t vocab_start,
-                     int64_t vocab_total, Tensor exact, Tensor first, Tensor slots,
-                     int64_t id_bits, Tensor keys, Tensor logits) {
+                     int64_t vocab_total, Tensor exact, Tensor first, Tensor slots, int64_t id_bits,
+                     Tensor keys, Tensor logits) {
   const Guard guard(lse.get_device_index());
   cuda::KeepParams p =
       keep_params(pool, counts, bound2, row_order, row_count, lse, target_logit, targets, eps,
@@ -178,15 +177,21 @@ std::tuple<Tensor, Tensor> sort_pairs_cuda(Tensor keys, Tensor values, int64_t b
 }
 
 Tensor dropped_mass_cuda(Tensor max_sum, Tensor capped, Tensor first, Tensor hot, Tensor ids,
-                         Tensor logits, Tensor row_order, Tensor row_count, Tensor lse, int64_t shard_size,
-                         double softcap) {
+                         Tensor logits, Tensor row_order, Tensor row_count, Tensor lse,
+                         int64_t shard_size, double softcap) {
   const Guard guard(lse.get_device_index());
   cuda::MassParams p;
   p.n = lse.size(0);
   p.splits = static_cast<int>(max_sum.size(0));
   p.groups = static_cast<int>(ceil_div(shard_size, kGroupCols));
-  // Splits are groups, or groups cut into equal powers of two.
-  while (ceil_div(shard_size, kGroupCols / p.splits_per_group) < p.splits) p.splits_per_group *= 2;
+  // Splits are groups, or groups cut into equal parts.
+  const auto fits = [&](int parts) {
+    return kGroupCols % parts == 0 && ceil_div(shard_size, kGroupCols / parts) == p.splits;
+  };
+  while (!fits(p.splits_per_group)) {
+    STD_TORCH_CHECK(++p.splits_per_group <= kGroupCols,
+                    "max_sum does not belong to this vocabulary");
+  }
   Tensor mass = zeros(lse, {p.n, p.groups}, ScalarType::Float);
   p.partials.max_sum = reinterpret_cast<float2*>(f32(max_sum, "max_sum"));
   if (capped.size(0) > 0) p.partials.capped = f32(capped, "capped");
@@ -240,8 +245,8 @@ bool is_fp32_beside(const Tensor& out, const Tensor& other, const char* name) {
   return false;
 }
 
-void gather_cuda(Tensor out, Tensor source, Tensor first, Tensor last, Tensor items,
-                 Tensor weights, std::optional<Tensor> order, std::optional<Tensor> out_rows,
+void gather_cuda(Tensor out, Tensor source, Tensor first, Tensor last, Tensor items, Tensor weights,
+                 std::optional<Tensor> order, std::optional<Tensor> out_rows,
                  std::optional<Tensor> sums) {
   const Guard guard(out.get_device_index());
   STD_TORCH_CHECK(out.size(1) == source.size(1) && out.stride(1) == 1 && source.stride(1) == 1,
@@ -301,8 +306,8 @@ void exact_rows_cuda(std::optional<Tensor> de, std::optional<Tensor> dc,
   p.du = gradient(du, e, "du");
   p.dlora_b = gradient(dlora_b, e, "dlora_b");
   if (dbias) p.dbias = f32(*dbias, "dbias");
-  Tensor workspace = empty(
-      e, {cuda::exact_rows_workspace(p.n, p.de.width + p.du.width)}, ScalarType::Byte);
+  Tensor workspace =
+      empty(e, {cuda::exact_rows_workspace(p.n, p.de.width + p.du.width)}, ScalarType::Byte);
   p.workspace = workspace.mutable_data_ptr();
   check_cuda(backend().exact_rows(p, stream_of(e)), "exact_rows");
 }

@@ -46,7 +46,7 @@ struct LogitParams {
 
   LogitParams() = default;
   __host__ __device__ LogitParams(const core::LossOptions& options, const float* bias_of_launch,
-                       int64_t columns)
+                                  int64_t columns)
       : logit_scale(static_cast<float>(options.logit_scale)),
         softcap(static_cast<float>(options.softcap)),
         inv_softcap(options.softcap == 0.0 ? 0.0f : static_cast<float>(1.0 / options.softcap)),
@@ -69,27 +69,6 @@ __device__ __forceinline__ int quad_min(int x) {
   return min(x, __shfl_xor_sync(~0u, x, 2));
 }
 
-// Turns raw products into logits z in place; columns that do not exist become `absent`.
-template <typename Columns, int kElements>
-__device__ __forceinline__ void make_logits(float (&acc)[kElements], const LogitParams& p,
-                                            int first_col, float absent) {
-#pragma unroll
-  for (int j = 0; j < kElements / 4; ++j) {
-    const int col = first_col + Columns::at(j);
-    float b[2] = {0.0f, 0.0f};
-    if (p.bias) {
-      if (col < p.cols) b[0] = __ldg(p.bias + col);
-      if (col + 1 < p.cols) b[1] = __ldg(p.bias + col + 1);
-    }
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      float x = (acc[4 * j + i] + b[i & 1]) * p.logit_scale;
-      if (p.softcap != 0.0f) x = core::softcap<DeviceMath>(x, p.softcap, p.inv_softcap);
-      acc[4 * j + i] = col + (i & 1) < p.cols ? x : absent;
-    }
-  }
-}
-
 // Only the mask, for tiles that reach beyond the last column.
 template <typename Columns, int kElements>
 __device__ __forceinline__ void mask_columns(float (&acc)[kElements], int first_col, int cols,
@@ -98,6 +77,31 @@ __device__ __forceinline__ void mask_columns(float (&acc)[kElements], int first_
   for (int i = 0; i < kElements; ++i) {
     if (first_col + Columns::at(i / 4) + (i & 1) >= cols) acc[i] = absent;
   }
+}
+
+// Turns raw products into logits z in place; columns that do not exist become `absent`. kBias: the bias is not in them yet.
+// One pass a step, so that what is in flight stays in registers.
+template <typename Columns, bool kBias, int kElements>
+__device__ __forceinline__ void make_logits(float (&acc)[kElements], const LogitParams& p,
+                                            int first_col, float absent) {
+  if (kBias && p.bias) {
+#pragma unroll
+    for (int i = 0; i < kElements; ++i) {
+      const int col = first_col + Columns::at(i / 4) + (i & 1);
+      if (col < p.cols) acc[i] += __ldg(p.bias + col);
+    }
+  }
+  if (p.softcap != 0.0f) {
+    const float scale = p.logit_scale;
+#pragma unroll
+    for (int i = 0; i < kElements; ++i)
+      acc[i] = core::softcap<DeviceMath>(acc[i] * scale, p.softcap, p.inv_softcap);
+  } else if (p.logit_scale != 1.0f) {
+#pragma unroll
+    for (int i = 0; i < kElements; ++i) acc[i] *= p.logit_scale;
+  }
+  if (first_col + Columns::at(kElements / 4 - 1) + 1 >= p.cols)
+    mask_columns<Columns>(acc, first_col, p.cols, absent);
 }
 
 // Running statistics of a row, base 2.
@@ -140,90 +144,63 @@ __device__ __forceinline__ float thread_sum_exp2(const float (&acc)[kElements], 
   return s0 + s1;
 }
 
-// Σ 2^(log2(e) z - reference) z; a z of -inf weighs nothing.
-template <int kElements>
-__device__ __forceinline__ float thread_weighted(const float (&z)[kElements], int h,
-                                                 float reference) {
-  float s = 0.0f;
-#pragma unroll
-  for (int j = 0; j < kElements / 4; ++j) {
-#pragma unroll
-    for (int e = 0; e < 2; ++e) {
-      const float x = z[4 * j + 2 * h + e];
-      const float w = ptx::ex2(fmaf(x, kLog2E, -reference));
-      s += w == 0.0f ? 0.0f : w * x;
-    }
-  }
-  return s;
-}
+// What options and metrics want of a row beside its maximum, over this thread's elements; with w = 2^(log2(e) z - reference).
+struct RowSums {
+  float sum = 0.0f;       // Σ w
+  float weighted = 0.0f;  // Σ w z
+  float capped = 0.0f;    // Σ w softcap'(z)
+  float logits = 0.0f;    // Σ z of columns that exist
+};
 
-// Σ 2^(log2(e) z - reference) softcap'(z).
-template <int kElements>
-__device__ __forceinline__ float thread_capped(const float (&z)[kElements], int h, float reference,
-                                               float inv_softcap) {
-  float s = 0.0f;
-#pragma unroll
-  for (int j = 0; j < kElements / 4; ++j) {
-#pragma unroll
-    for (int e = 0; e < 2; ++e) {
-      const float x = z[4 * j + 2 * h + e];
-      const float w = ptx::ex2(fmaf(x, kLog2E, -reference));
-      s += w == 0.0f ? 0.0f : w * core::softcap_grad(x, inv_softcap);
-    }
-  }
-  return s;
-}
-
-// Appends the entries of one row of the pair that are at least `cut` to the row block's pool. All lanes of the warp take
-// part; top: the largest of the row's elements in the quad; to_logit: factor from acc to z.
+// All of them in one pass: apart, the compiler would keep every w for the next one. A z of -inf weighs nothing.
 template <typename Columns, int kElements>
+__device__ __forceinline__ RowSums thread_sums(const float (&z)[kElements], int h, float reference,
+                                               float inv_softcap, int first_col, int cols) {
+  RowSums s;
+#pragma unroll
+  for (int j = 0; j < kElements / 4; ++j) {
+#pragma unroll
+    for (int e = 0; e < 2; ++e) {
+      const float x = z[4 * j + 2 * h + e];
+      const float w = ptx::ex2(fmaf(x, kLog2E, -reference));
+      s.sum += w;
+      s.weighted += w == 0.0f ? 0.0f : w * x;
+      s.capped += w == 0.0f ? 0.0f : w * core::softcap_grad(x, inv_softcap);
+      s.logits += first_col + Columns::at(j) + e < cols ? x : 0.0f;
+    }
+  }
+  return s;
+}
+
+// Offers the entries of one row of the pair that are at least `cut` to the sink. All lanes of the warp take part; top: the
+// largest of the row's elements in the quad; to_logit: factor from acc to z. A section of columns in which no lane has any,
+// the usual case, costs a vote.
+template <typename Columns, typename Sink, int kElements>
 __device__ __forceinline__ void emit_candidates(const float (&acc)[kElements], int h, float top,
                                                 float cut, float to_logit, int first_col, int row,
-                                                uint2* pool, int32_t* count, int64_t capacity) {
+                                                const Sink& sink) {
   if (!__any_sync(~0u, top >= cut)) return;
-  uint32_t hits = 0;
+  constexpr int kSections = 4, kPairs = kElements / 4 / kSections;
+  static_assert(kElements % (4 * kSections) == 0);
+  const uint32_t key =
+      static_cast<uint32_t>(row) << kCandidateIdBits | static_cast<uint32_t>(first_col);
 #pragma unroll
-  for (int j = 0; j < kElements / 4; ++j) {
+  for (int s = 0; s < kSections; ++s) {
+    bool mine = false;
 #pragma unroll
-    for (int e = 0; e < 2; ++e) hits |= (acc[4 * j + 2 * h + e] >= cut ? 1u : 0u) << (2 * j + e);
-  }
-  const int lane = threadIdx.x % 32, mine = __popc(hits);
-  int until = mine;  // of the lanes up to this one
+    for (int j = s * kPairs; j < (s + 1) * kPairs; ++j)
+      mine |= acc[4 * j + 2 * h] >= cut || acc[4 * j + 2 * h + 1] >= cut;
+    if (!__any_sync(~0u, mine)) continue;
 #pragma unroll
-  for (int d = 1; d < 32; d *= 2) {
-    const int before = __shfl_up_sync(~0u, until, d);
-    if (lane >= d) until += before;
-  }
-  int at = 0;
-  if (lane == 31) at = atomicAdd(count, until);
-  at = __shfl_sync(~0u, at, 31) + until - mine;
-  const uint32_t key = static_cast<uint32_t>(row) << kCandidateIdBits;
+    for (int j = s * kPairs; j < (s + 1) * kPairs; ++j) {
 #pragma unroll
-  for (int j = 0; j < kElements / 4; ++j) {
-#pragma unroll
-    for (int e = 0; e < 2; ++e) {
-      if (!(hits >> (2 * j + e) & 1u)) continue;
-      if (at < capacity) {
-        pool[at] = make_uint2(key | static_cast<uint32_t>(first_col + Columns::at(j) + e),
-                              __float_as_uint(acc[4 * j + 2 * h + e] * to_logit));
+      for (int e = 0; e < 2; ++e) {
+        const float x = acc[4 * j + 2 * h + e];
+        if (x >= cut) sink.put(key + Columns::at(j) + e, x * to_logit);
       }
-      ++at;
     }
   }
-}
-
-// Σ z over columns that exist (their number of columns is known to the caller through `cols`).
-template <typename Columns, int kElements>
-__device__ __forceinline__ float thread_sum(const float (&z)[kElements], int h, int first_col,
-                                            int cols) {
-  float s = 0.0f;
-#pragma unroll
-  for (int j = 0; j < kElements / 4; ++j) {
-#pragma unroll
-    for (int e = 0; e < 2; ++e)
-      s += first_col + Columns::at(j) + e < cols ? z[4 * j + 2 * h + e] : 0.0f;
-  }
-  return s;
+  sink.make_room();
 }
 
 // Lowest column at which this thread's row equals `value`, or INT_MAX.
@@ -247,34 +224,47 @@ template <typename Columns, int kElements>
 __device__ __forceinline__ void logits_to_gradients(float (&z)[kElements], int h,
                                                     const RowGradient& row, int target,
                                                     const LogitParams& p, int first_col) {
+  const int at = target - first_col;  // among this thread's columns, if it is one of them
+  const float a = row.a * p.logit_scale, uniform = row.uniform * p.logit_scale;
+  const float target_weight = row.target_weight * p.logit_scale;
+  const auto gradient = [&](int i, float x) {
+    const float g = fmaf(a, ptx::ex2(fmaf(x, kLog2E, -row.lse2)), -uniform);
+    return Columns::at(i / 4) + (i & 1) == at ? g - target_weight : g;
+  };
+  if (p.softcap != 0.0f) {
 #pragma unroll
-  for (int j = 0; j < kElements / 4; ++j) {
+    for (int i = 0; i < kElements; ++i) {
+      if ((i >> 1 & 1) == h) z[i] = gradient(i, z[i]) * core::softcap_grad(z[i], p.inv_softcap);
+    }
+  } else {
 #pragma unroll
-    for (int e = 0; e < 2; ++e) {
-      float& x = z[4 * j + 2 * h + e];
-      float g = fmaf(row.a, ptx::ex2(fmaf(x, kLog2E, -row.lse2)), -row.uniform);
-      if (first_col + Columns::at(j) + e == target) g -= row.target_weight;
-      if (p.softcap != 0.0f) g *= core::softcap_grad(x, p.inv_softcap);
-      x = g * p.logit_scale;
+    for (int i = 0; i < kElements; ++i) {
+      if ((i >> 1 & 1) == h) z[i] = gradient(i, z[i]);
     }
   }
 }
 
 // z -> a p softcap'(z) of the entries that the sparse gradient drops, 0 for the others, in place.
 template <typename Columns, int kElements>
-__device__ __forceinline__ void logits_to_tail(float (&z)[kElements], int h,
-                                               const RowGradient& row, int target, float eps,
-                                               const LogitParams& p, int first_col) {
+__device__ __forceinline__ void logits_to_tail(float (&z)[kElements], int h, const RowGradient& row,
+                                               int target, float eps, const LogitParams& p,
+                                               int first_col) {
+  const int at = target - first_col;
+  const auto weight = [&](int i, float w) {
+    const bool kept = w >= eps || Columns::at(i / 4) + (i & 1) == at;
+    return kept ? 0.0f : row.a * w;
+  };
+  if (p.softcap != 0.0f) {
 #pragma unroll
-  for (int j = 0; j < kElements / 4; ++j) {
+    for (int i = 0; i < kElements; ++i) {
+      if ((i >> 1 & 1) != h) continue;
+      const float w = weight(i, ptx::ex2(fmaf(z[i], kLog2E, -row.lse2)));
+      z[i] = w == 0.0f ? 0.0f : w * core::softcap_grad(z[i], p.inv_softcap);
+    }
+  } else {
 #pragma unroll
-    for (int e = 0; e < 2; ++e) {
-      float& x = z[4 * j + 2 * h + e];
-      const float weight = ptx::ex2(fmaf(x, kLog2E, -row.lse2));
-      const bool kept = weight >= eps || first_col + Columns::at(j) + e == target;
-      float t = kept ? 0.0f : row.a * weight;
-      if (p.softcap != 0.0f && t != 0.0f) t *= core::softcap_grad(x, p.inv_softcap);
-      x = t;
+    for (int i = 0; i < kElements; ++i) {
+      if ((i >> 1 & 1) == h) z[i] = weight(i, ptx::ex2(fmaf(z[i], kLog2E, -row.lse2)));
     }
   }
 }

@@ -8,7 +8,7 @@
 // Ignored rows are not multiplied; their rows of G are cleared.
 #pragma once
 
-#include "cuda/common/epilogue.cuh"
+#include "cuda/common/dlogits.cuh"
 #include "cuda/sm80/config.h"
 #include "cuda/sm80/mainloop.cuh"
 
@@ -17,19 +17,6 @@ namespace cce::cuda::sm80 {
 template <typename Config>
 constexpr int backward_shared_bytes() {
   return Config::kPipelineBytes + 2 * Config::kBlockM * sizeof(RowGradient);
-}
-
-template <typename T>
-__device__ __forceinline__ uint32_t pack(float low, float high);
-template <>
-__device__ __forceinline__ uint32_t pack<__nv_bfloat16>(float low, float high) {
-  const __nv_bfloat162 x = __floats2bfloat162_rn(low, high);
-  return *reinterpret_cast<const uint32_t*>(&x);
-}
-template <>
-__device__ __forceinline__ uint32_t pack<__half>(float low, float high) {
-  const __half2 x = __floats2half2_rn(low, high);
-  return *reinterpret_cast<const uint32_t*>(&x);
 }
 
 // Writes this thread's columns of one row half: eight consecutive columns (SpreadColumns) in one store.
@@ -47,17 +34,6 @@ __device__ __forceinline__ void store_row(const float (&acc)[kElements], int h, 
   }
 }
 
-// Rows that do not count: zeros, so that the matmuls over G can take all rows.
-template <typename T>
-__device__ __forceinline__ void clear_ignored_rows(const Work& work, int count, T* dlogits,
-                                                   int64_t ld) {
-  const int64_t pieces = ld / 8;
-  for (int position = count + blockIdx.x; position < work.n; position += gridDim.x) {
-    uint4* row = reinterpret_cast<uint4*>(dlogits + work.row_order[position] * ld);
-    for (int64_t i = threadIdx.x; i < pieces; i += blockDim.x) row[i] = make_uint4(0, 0, 0, 0);
-  }
-}
-
 // Starts copying the records of a row block; threads of the first 256 take 16 bytes each.
 template <typename Config>
 __device__ __forceinline__ void copy_records(RowGradient* to, const RowGradient* from,
@@ -69,19 +45,6 @@ __device__ __forceinline__ void copy_records(RowGradient* to, const RowGradient*
   ptx::cp_async_16(ptx::shared_address(to) + threadIdx.x * 16, source, false);
 }
 
-// What the epilogue makes: gradients where only a positive factor lies between product and logit; gradients with bias,
-// softcap, label smoothing or any scale; the dropped entries' weights, with everything.
-enum class Epilogue { kPlain, kGeneral, kTail };
-
-// Where the epilogue writes.
-template <typename T>
-struct DlogitsOut {
-  T* dlogits;
-  int64_t ld;
-  bool compact;  // rows by position in the order; else at their original places
-  float tail_eps;
-};
-
 // All of this block's tiles of `work`, of whose rows `count` count.
 template <typename T, typename Config, Epilogue kEpilogue>
 __device__ __forceinline__ void recompute_tiles(const Work& work, int count,
@@ -90,7 +53,7 @@ __device__ __forceinline__ void recompute_tiles(const Work& work, int count,
                                                 const DlogitsOut<T>& out, uint8_t* shared) {
   auto* sets = reinterpret_cast<RowGradient*>(shared + Config::kPipelineBytes);
   const int row_blocks = (count + Config::kBlockM - 1) / Config::kBlockM;
-  Cursor<Config> at(work, row_blocks);
+  Cursor at(work, row_blocks);
   if (at.done()) return;
   copy_records<Config>(sets, records, at.row_block, work.n);
   Mainloop<T, Config> mainloop(work, shared, row_blocks);
@@ -106,11 +69,8 @@ __device__ __forceinline__ void recompute_tiles(const Work& work, int count,
   while (!at.done()) {
     if (fresh) {
       __syncthreads();
-      const int next = at.unit + at.step;
-      if (next < at.order.units()) {
-        copy_records<Config>(sets + (set ^ 1) * Config::kBlockM, records,
-                             at.order.at(next).row_block, work.n);
-      }
+      copy_records<Config>(sets + (set ^ 1) * Config::kBlockM, records, at.next_row_block(),
+                           work.n);
     }
     mainloop.multiply(acc);
     mainloop.settle();
@@ -118,28 +78,20 @@ __device__ __forceinline__ void recompute_tiles(const Work& work, int count,
 #pragma unroll
     for (int m = 0; m < Config::kMmaM; ++m) {
       if constexpr (kEpilogue != Epilogue::kPlain)
-        make_logits<Columns>(acc[m], logits, first, -INFINITY);
+        make_logits<Columns, true>(acc[m], logits, first, -INFINITY);
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
         const int r = warp_row + 16 * m + 8 * h;
         const RowGradient row = sets[set * Config::kBlockM + r];
-        const int target = row.target < 0 ? -1 : row.target - first_col;
-        if constexpr (kEpilogue == Epilogue::kTail) {
-          logits_to_tail<Columns>(acc[m], h, row, target, out.tail_eps, logits, first);
-        } else if constexpr (kEpilogue == Epilogue::kGeneral) {
-          logits_to_gradients<Columns>(acc[m], h, row, target, logits, first);
-        } else {
-          products_to_gradients<Columns>(acc[m], h, row.a * logits.logit_scale,
-                                         row.target_weight * logits.logit_scale, row.lse2, scale,
-                                         target, first);
-        }
+        logits_to_output<kEpilogue, Columns>(acc[m], h, row, logits, scale, out.tail_eps, first_col,
+                                             first);
         const int64_t position = at.row_block * Config::kBlockM + r;
         if (position < count)
           store_row<T>(acc[m], h, out.dlogits + (out.compact ? position : row.row) * out.ld, first,
                        out.ld);
       }
     }
-    fresh = at.next_tile(work);
+    fresh = at.next_tile();
     if (fresh) set ^= 1;
   }
   ptx::cp_async_wait<0>();
@@ -151,7 +103,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
                       const RowGradient* records, int first_col, const DlogitsOut<T> out) {
   extern __shared__ __align__(128) uint8_t shared[];
   const int count = __ldg(work.row_count);
-  if (!out.compact) clear_ignored_rows(work, count, out.dlogits, out.ld);
+  clear_ignored_rows(work, count, out.dlogits, out.ld);
   recompute_tiles<T, Config, kEpilogue>(work, count, logits, records, first_col, out, shared);
 }
 

@@ -1,7 +1,6 @@
-#include "cuda/sm80/exact_rows.cuh"
-
 #include "cuda/device_info.h"
 #include "cuda/sm80/backend.h"
+#include "cuda/sm80/exact_rows.cuh"
 
 namespace cce::cuda::sm80 {
 namespace {
@@ -15,8 +14,8 @@ cudaError_t run(ExactRowsParams p, cudaStream_t stream) {
   if (error != cudaSuccess) return error;
   void* args[] = {&p};
   return cudaLaunchCooperativeKernel(reinterpret_cast<const void*>(kernel),
-                                     dim3(current_device().multiprocessors),
-                                     dim3(Config::kThreads), args, kBytes, stream);
+                                     dim3(current_device().multiprocessors), dim3(Config::kThreads),
+                                     args, kBytes, stream);
 }
 
 template <typename T>

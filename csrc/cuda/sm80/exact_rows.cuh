@@ -119,8 +119,8 @@ __device__ __forceinline__ const T* rows_from(const Matrix& m, int64_t row) {
 // Sets the inputs of one tile's gradient; thread 0.
 template <typename T>
 __device__ void set_inputs(const ExactRowsParams& p, Plan<T>& plan, bool rows, bool low_rank) {
-  const Matrix& other = rows ? (low_rank ? p.head.lora_b : p.head.c)
-                             : (low_rank ? p.head.u : p.head.e);
+  const Matrix& other =
+      rows ? (low_rank ? p.head.lora_b : p.head.c) : (low_rank ? p.head.u : p.head.e);
   ProductInputs<T>& in = plan.inputs;
   in.a = plan.g;
   in.lda = kExactCols;
@@ -183,8 +183,8 @@ __device__ void set_plan(const ExactRowsParams& p, Plan<T>& plan, int row0, int 
   at.first = col0 == 0;
   at.last = col0 + at.cols == vocab;
   plan.sums = reinterpret_cast<float*>(static_cast<char*>(p.workspace) + kExactBarrierBytes);
-  plan.g = reinterpret_cast<T*>(plan.sums + group * ((p.de.data ? p.de.width : 0) +
-                                                     (p.du.data ? p.du.width : 0)));
+  plan.g = reinterpret_cast<T*>(
+      plan.sums + group * ((p.de.data ? p.de.width : 0) + (p.du.data ? p.du.width : 0)));
   Work& work = plan.work;
   work.e = p.head.e;
   work.u = p.head.u;

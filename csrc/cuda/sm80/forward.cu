@@ -1,6 +1,6 @@
+#include "cuda/common/launch.cuh"
 #include "cuda/sm80/backend.h"
 #include "cuda/sm80/forward.cuh"
-#include "cuda/sm80/launch.cuh"
 
 namespace cce::cuda::sm80 {
 namespace {
@@ -10,7 +10,7 @@ cudaError_t launch_mode(const ForwardParams& p, cudaStream_t stream) {
   const Work work = make_work(p.head, p.n, p.tiles_per_split, Config::kBlockM, Config::kBlockN);
   const LogitParams logits(p.head.options, p.head.bias, p.head.c.rows);
   return launch<Config>(forward_mainloop<T, Config, kGeneral, kTraining>,
-                        forward_shared_bytes<Config>(kGeneral), work, stream, logits, p.partials,
+                        forward_shared_bytes<Config>(kTraining), work, stream, logits, p.partials,
                         p.candidates, p.n, static_cast<int>(p.head.first_col));
 }
 

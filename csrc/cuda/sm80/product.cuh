@@ -132,8 +132,8 @@ class Product {
     for (int n = 0; n < Config::kWarpN / 16; ++n) {
       // Matrices (k, n), (k + 8, n), (k, n + 8), (k + 8, n + 8).
       const int at_k = k + lane / 8 % 2 * 8 + lane % 8;
-      ptx::ldmatrix_x4_trans(b[n], stage + Config::kBytesA +
-                                       LayoutB::offset(at_k, (col + n * 16) / 8 + lane / 16));
+      ptx::ldmatrix_x4_trans(
+          b[n], stage + Config::kBytesA + LayoutB::offset(at_k, (col + n * 16) / 8 + lane / 16));
     }
 #pragma unroll
     for (int m = 0; m < Config::kMmaM; ++m) {

@@ -33,27 +33,30 @@ __device__ __forceinline__ float logit2(const BoundParams& p, const float* produ
 // log2 of the estimate over the strided columns: the eight largest count once, the others for the columns between them,
 // and of that a quarter.
 __device__ float strided_estimate(const BoundParams& p, const float* products) {
+  constexpr int kPerLane = kMaxStrided / 32;
   const int lane = threadIdx.x % 32;
+  float x[kPerLane];
+#pragma unroll
+  for (int i = 0; i < kPerLane; ++i) {
+    const int column = 32 * i + lane;
+    x[i] = column < p.strided ? logit2(p, products, column) : -INFINITY;
+  }
   float below = INFINITY, reference = -INFINITY, largest = 0.0f;
   // The next smaller value each time; equal values are taken together and count as one, which only lowers the result.
-  for (int i = 0; i < kTop; ++i) {
+  for (int k = 0; k < kTop; ++k) {
     float top = -INFINITY;
-    for (int c = lane; c < p.strided; c += 32) {
-      const float x = logit2(p, products, c);
-      if (x < below) top = fmaxf(top, x);
-    }
+#pragma unroll
+    for (int i = 0; i < kPerLane; ++i) top = fmaxf(top, x[i] < below ? x[i] : -INFINITY);
     top = warp_max(top);
     if (top == -INFINITY) break;
-    if (i == 0) reference = top;
+    if (k == 0) reference = top;
     largest += ptx::ex2(top - reference);
     below = top;
   }
   if (reference == -INFINITY) return -INFINITY;
   float rest = 0.0f;
-  for (int c = lane; c < p.strided; c += 32) {
-    const float x = logit2(p, products, c);
-    if (x < below) rest += ptx::ex2(x - reference);
-  }
+#pragma unroll
+  for (int i = 0; i < kPerLane; ++i) rest += x[i] < below ? ptx::ex2(x[i] - reference) : 0.0f;
   rest = warp_sum(rest) * (static_cast<float>(p.vocab) / static_cast<float>(p.strided));
   return reference + log2f(largest + rest) - 2.0f;
 }
@@ -86,6 +89,7 @@ __global__ void __launch_bounds__(kThreads) bound_kernel(const __grid_constant__
 
 cudaError_t row_bounds(const BoundParams& params, cudaStream_t stream) {
   if (params.rows == 0) return cudaSuccess;
+  if (params.strided > kMaxStrided) return cudaErrorInvalidValue;
   const int blocks = static_cast<int>((params.rows + kThreads / 32 - 1) / (kThreads / 32));
   bound_kernel<<<blocks, kThreads, 0, stream>>>(params);
   return cudaGetLastError();

@@ -19,7 +19,7 @@ namespace {
 
 constexpr int kWarps = 8, kThreads = 32 * kWarps;
 constexpr int kPerLane = 8, kSlice = 32 * kPerLane;
-constexpr int kHeavy = 64;   // entries of a light segment at most
+constexpr int kHeavy = 64;    // entries of a light segment at most
 constexpr int kInFlight = 8;  // rows under way at a time
 constexpr int kBlocksPerProcessor = 4;
 
@@ -75,8 +75,7 @@ struct Piece {
 #pragma unroll
       for (int i = 0; i < kAccesses; ++i) {
         const int at = col + i * kPerAccess;
-        if (at < width)
-          *reinterpret_cast<uint4*>(row + at) = reinterpret_cast<const uint4*>(x)[i];
+        if (at < width) *reinterpret_cast<uint4*>(row + at) = reinterpret_cast<const uint4*>(x)[i];
       }
     } else {
 #pragma unroll
@@ -160,8 +159,7 @@ __global__ void __launch_bounds__(kThreads) light_kernel(const __grid_constant__
     const int slice = static_cast<int>(i / segments), segment = list[i % segments];
     const int col = slice * kSlice + lane * kPerLane;
     float sum[kPerLane] = {};
-    const float total =
-        add_entries<T, kVector>(p, p.first[segment], p.last[segment], 1, col, sum);
+    const float total = add_entries<T, kVector>(p, p.first[segment], p.last[segment], 1, col, sum);
     add_to_output<Out, kVector>(p, segment, col, sum, total);
   }
 }
@@ -177,8 +175,8 @@ __global__ void __launch_bounds__(kThreads) heavy_kernel(const __grid_constant__
     const int slice = static_cast<int>(i / segments), segment = p.work[i % segments];
     const int col = slice * kSlice + lane * kPerLane;
     float sum[kPerLane] = {};
-    const float total = add_entries<T, kVector>(
-        p, p.first[segment] + warp * kInFlight, p.last[segment], kWarps, col, sum);
+    const float total = add_entries<T, kVector>(p, p.first[segment] + warp * kInFlight,
+                                                p.last[segment], kWarps, col, sum);
 #pragma unroll
     for (int j = 0; j < kPerLane; ++j) sums[warp][j * 32 + lane] = sum[j];
     if (lane == 0) totals[warp] = total;
@@ -198,10 +196,10 @@ __global__ void __launch_bounds__(kThreads) heavy_kernel(const __grid_constant__
 
 // Heavy segments into the first third of `work`, light ones into the second, empty ones (nobody reads them) into the last.
 cudaError_t partition(const GatherParams& p, void* workspace, size_t& bytes, cudaStream_t stream) {
-  return cub::DevicePartition::If(
-      workspace, bytes, thrust::counting_iterator<int32_t>(0), p.work, p.work + p.segments,
-      p.work + 2 * p.segments, p.work_counts, static_cast<int>(p.segments), IsHeavy{p.first, p.last},
-      IsLight{p.first, p.last}, stream);
+  return cub::DevicePartition::If(workspace, bytes, thrust::counting_iterator<int32_t>(0), p.work,
+                                  p.work + p.segments, p.work + 2 * p.segments, p.work_counts,
+                                  static_cast<int>(p.segments), IsHeavy{p.first, p.last},
+                                  IsLight{p.first, p.last}, stream);
 }
 
 template <typename T, typename Out, bool kVector>

@@ -1,6 +1,7 @@
-// From candidates to kept entries, once the lse is final: count, then write, one thread block a row block of 128 rows. An
+// From candidates to kept entries, once the lse is final: count, then write, kKeepParts thread blocks a row block of 128 rows,
+// each with every so many candidates, the first with the targets too. An
 // entry is kept if its probability reaches the threshold; the target of a row always is, with its own logit. The place
-// inside a block's stretch is first come, first served: the sort that follows makes the order. Between the two the ids that
+// inside a part's stretch is first come, first served: the sort that follows makes the order. Between the two the ids that
 // many rows keep are chosen: entries of such hot ids are sorted to the end of their row and multiplied as a dense matrix.
 #include "cuda/common/epilogue.cuh"
 #include "cuda/sparse/lists.h"
@@ -37,6 +38,11 @@ __device__ void load_rows(const KeepParams& p, Rows& rows, int& hopeless) {
   __syncthreads();
 }
 
+// The candidates of this thread, and whether its block has the targets.
+constexpr int kCandidateStep = kThreads * kKeepParts;
+__device__ __forceinline__ int first_candidate() { return blockIdx.y * kThreads + threadIdx.x; }
+__device__ __forceinline__ bool has_targets() { return blockIdx.y == 0; }
+
 struct Entry {
   int row, id;
   float logit;
@@ -49,7 +55,8 @@ __device__ __forceinline__ Entry read_entry(const KeepParams& p, const Rows& row
   e.row = static_cast<int>(raw.x >> kCandidateIdBits);
   e.id = static_cast<int>(raw.x & ((1u << kCandidateIdBits) - 1));
   e.logit = __uint_as_float(raw.y);
-  e.keep = e.id != rows.target[e.row] && ptx::ex2(fmaf(e.logit, kLog2E, -rows.lse2[e.row])) >= p.eps;
+  e.keep =
+      e.id != rows.target[e.row] && ptx::ex2(fmaf(e.logit, kLog2E, -rows.lse2[e.row])) >= p.eps;
   return e;
 }
 
@@ -62,13 +69,13 @@ __global__ void __launch_bounds__(kThreads) count_kernel(const __grid_constant__
   const bool exact = hopeless || found > p.candidates.capacity;
   int mine = 0;
   if (!exact) {
-    for (int i = threadIdx.x; i < found; i += kThreads) {
+    for (int i = first_candidate(); i < found; i += kCandidateStep) {
       const Entry e = read_entry(p, rows, i);
       if (!e.keep) continue;
       ++mine;
       atomicAdd(p.column_counts + e.id, 1);
     }
-    if (threadIdx.x < kRows && rows.target[threadIdx.x] >= 0) {
+    if (has_targets() && threadIdx.x < kRows && rows.target[threadIdx.x] >= 0) {
       ++mine;
       atomicAdd(p.column_counts + rows.target[threadIdx.x], 1);
     }
@@ -77,8 +84,8 @@ __global__ void __launch_bounds__(kThreads) count_kernel(const __grid_constant__
   if (threadIdx.x % 32 == 0) atomicAdd(&total, mine);
   __syncthreads();
   if (threadIdx.x == 0) {
-    p.kept[blockIdx.x] = total;
-    p.exact[blockIdx.x] = exact;
+    p.kept[blockIdx.x * kKeepParts + blockIdx.y] = total;
+    if (has_targets()) p.exact[blockIdx.x] = exact;
   }
 }
 
@@ -88,7 +95,7 @@ __global__ void __launch_bounds__(kThreads) write_kernel(const __grid_constant__
   if (p.exact[blockIdx.x]) return;
   if (threadIdx.x == 0) used = 0;
   load_rows(p, rows, hopeless);
-  const int64_t first = p.first[blockIdx.x], block = static_cast<int64_t>(blockIdx.x) * kRows;
+  const int64_t first = p.first[blockIdx.x * kKeepParts + blockIdx.y], block = static_cast<int64_t>(blockIdx.x) * kRows;
   const auto write = [&](int row, int id, float logit) {
     const int64_t at = first + atomicAdd(&used, 1);
     const int64_t hot = p.slots[id] >= 0;
@@ -96,27 +103,29 @@ __global__ void __launch_bounds__(kThreads) write_kernel(const __grid_constant__
     p.logits[at] = logit;
   };
   const int found = p.candidates.counts[blockIdx.x];
-  for (int i = threadIdx.x; i < found; i += kThreads) {
+  for (int i = first_candidate(); i < found; i += kCandidateStep) {
     const Entry e = read_entry(p, rows, i);
     if (e.keep) write(e.row, e.id, e.logit);
   }
   const int i = threadIdx.x;
-  if (i < kRows && rows.target[i] >= 0) write(i, rows.target[i], rows.target_logit[i]);
+  if (has_targets() && i < kRows && rows.target[i] >= 0) write(i, rows.target[i], rows.target_logit[i]);
 }
 
-int row_blocks(const KeepParams& p) { return static_cast<int>((p.n + kRows - 1) / kRows); }
+dim3 grid(const KeepParams& p) {
+  return dim3(static_cast<unsigned>((p.n + kRows - 1) / kRows), kKeepParts);
+}
 
 }  // namespace
 
 cudaError_t count_kept(const KeepParams& params, cudaStream_t stream) {
   if (params.n == 0) return cudaSuccess;
-  count_kernel<<<row_blocks(params), kThreads, 0, stream>>>(params);
+  count_kernel<<<grid(params), kThreads, 0, stream>>>(params);
   return cudaGetLastError();
 }
 
 cudaError_t write_kept(const KeepParams& params, cudaStream_t stream) {
   if (params.n == 0) return cudaSuccess;
-  write_kernel<<<row_blocks(params), kThreads, 0, stream>>>(params);
+  write_kernel<<<grid(params), kThreads, 0, stream>>>(params);
   return cudaGetLastError();
 }
 

@@ -11,10 +11,14 @@ namespace cce::cuda {
 
 // ---- before the forward ----
 
+// Strided columns at most: a warp holds them in registers.
+constexpr int kMaxStrided = 1024;
+
 struct BoundParams {
-  const float* products = nullptr;      // (rows, columns): raw products of the sampled columns
-  const float* bias = nullptr;          // (columns,) or null
-  const uint8_t* counts = nullptr;      // (columns,): 0 for columns that are there twice; read from `strided` on
+  const float* products = nullptr;  // (rows, columns): raw products of the sampled columns
+  const float* bias = nullptr;      // (columns,) or null
+  const uint8_t* counts =
+      nullptr;  // (columns,): 0 for columns that are there twice; read from `strided` on
   const float* target_logit = nullptr;  // (rows,)
   int64_t rows = 0;
   int columns = 0;
@@ -29,6 +33,9 @@ cudaError_t row_bounds(const BoundParams& params, cudaStream_t stream);
 
 // ---- after the forward ----
 
+// Parts of a row block that are worked on at once.
+constexpr int kKeepParts = 8;
+
 struct KeepParams {
   Candidates candidates;
   RowOrder order;
@@ -39,12 +46,14 @@ struct KeepParams {
   float eps = 0.0f;
   int id_bits = 0;  // bits of an id in a key; one more says that it is a hot one
   core::LossOptions options;
-  int32_t* kept = nullptr;   // (row blocks,): entries that count_kept finds, 0 in blocks that go the exact way
-  uint8_t* exact = nullptr;  // (row blocks,): 1 where candidates overflowed or a bound lies above its lse
+  int32_t* kept =
+      nullptr;  // (row blocks,): entries that count_kept finds, 0 in blocks that go the exact way
+  uint8_t* exact =
+      nullptr;  // (row blocks,): 1 where candidates overflowed or a bound lies above its lse
   int32_t* column_counts = nullptr;  // (V,), by count_kept, must be zero: kept entries of each id
   // For write_kept:
   const int32_t* slots = nullptr;  // (V,): number of a hot id, -1 for the others
-  const int64_t* first = nullptr;  // (row blocks,): where a block's entries start
+  const int64_t* first = nullptr;  // (row blocks, parts): where a part's entries start
   int64_t* keys = nullptr;         // (capacity,): (position, hot, id)
   float* logits = nullptr;         // (capacity,)
 };
@@ -62,7 +71,7 @@ cudaError_t sort_narrow(const int32_t* keys, const int32_t* values, int32_t* key
                         cudaStream_t stream);
 
 struct MassParams {
-  Partials partials;       // (splits, N) by position
+  Partials partials;  // (splits, N) by position
   int splits_per_group = 1, splits = 0;
   const int32_t* first = nullptr;  // (N + 1,): where a position's entries start
   const int32_t* hot = nullptr;    // (N,): where those of hot ids start
@@ -73,7 +82,8 @@ struct MassParams {
   int64_t n = 0;
   int groups = 0;
   core::LossOptions options;
-  float* mass = nullptr;  // (N, groups) by row, must be zero: Σ p softcap' of the group's dropped entries
+  float* mass =
+      nullptr;  // (N, groups) by row, must be zero: Σ p softcap' of the group's dropped entries
 };
 
 cudaError_t dropped_mass(const MassParams& params, cudaStream_t stream);
@@ -85,13 +95,14 @@ struct WeightParams {
   const int32_t* rows = nullptr;   // (capacity,)
   const int32_t* ids = nullptr;    // (capacity,)
   const float* logits = nullptr;   // (capacity,)
-  const float* a = nullptr;        // (N,): dnll + dlse, 0 for rows that do not count or go the exact way
-  const float* d = nullptr;        // (N,): dnll, likewise
-  const float* lse = nullptr;      // (N,)
+  const float* a = nullptr;  // (N,): dnll + dlse, 0 for rows that do not count or go the exact way
+  const float* d = nullptr;  // (N,): dnll, likewise
+  const float* lse = nullptr;  // (N,)
   const int64_t* targets = nullptr;
   int64_t capacity = 0;
   core::LossOptions options;
-  float* weights = nullptr;  // (capacity,): dloss/dproduct without the uniform part of label smoothing
+  float* weights =
+      nullptr;  // (capacity,): dloss/dproduct without the uniform part of label smoothing
   // Weights of hot ids, divided by *unit, go into a dense matrix too; it must be zero.
   Dtype dtype = Dtype::kBFloat16;
   const int32_t* slots = nullptr;  // (V,)
@@ -104,24 +115,25 @@ cudaError_t entry_weights(const WeightParams& params, cudaStream_t stream);
 
 // out[s] += Σ_i weights[i] source[items[i]] over the entries i of segment s; see gather.cu.
 struct GatherParams {
-  Dtype dtype = Dtype::kBFloat16;      // of source and out
-  const void* source = nullptr;        // (items, width)
+  Dtype dtype = Dtype::kBFloat16;  // of source and out
+  const void* source = nullptr;    // (items, width)
   int64_t source_ld = 0;
-  void* out = nullptr;                 // (segments, width)
+  void* out = nullptr;  // (segments, width)
   int64_t out_ld = 0;
-  bool out_fp32 = false;               // out is float instead
+  bool out_fp32 = false;  // out is float instead
   int width = 0;
-  const int32_t* first = nullptr;      // (segments,): where a segment's entries start
-  const int32_t* last = nullptr;       // (segments,): where they end
-  const int32_t* items = nullptr;      // (capacity,)
-  const float* weights = nullptr;      // (capacity,)
-  const int32_t* order = nullptr;      // (capacity,): entry i is items[order[i]], weights[order[i]]; null: i
-  const int32_t* out_rows = nullptr;   // (segments,): row of out; null: s
+  const int32_t* first = nullptr;  // (segments,): where a segment's entries start
+  const int32_t* last = nullptr;   // (segments,): where they end
+  const int32_t* items = nullptr;  // (capacity,)
+  const float* weights = nullptr;  // (capacity,)
+  const int32_t* order =
+      nullptr;  // (capacity,): entry i is items[order[i]], weights[order[i]]; null: i
+  const int32_t* out_rows = nullptr;  // (segments,): row of out; null: s
   int64_t segments = 0;
-  float* sums = nullptr;               // (segments,) += Σ weights, or null
-  int32_t* work = nullptr;             // (3, segments): workspace
-  int32_t* work_counts = nullptr;      // (2,): workspace
-  void* partition = nullptr;           // workspace of gather_workspace bytes
+  float* sums = nullptr;           // (segments,) += Σ weights, or null
+  int32_t* work = nullptr;         // (3, segments): workspace
+  int32_t* work_counts = nullptr;  // (2,): workspace
+  void* partition = nullptr;       // workspace of gather_workspace bytes
   size_t partition_bytes = 0;
 };
 

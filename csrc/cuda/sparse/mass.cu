@@ -10,7 +10,6 @@ namespace cce::cuda {
 namespace {
 
 constexpr int kThreads = 128;
-constexpr int kGroupBits = 12;  // 4096 ids
 
 __device__ __forceinline__ float capped(const core::LossOptions& options, float z) {
   const float cap = static_cast<float>(options.softcap);
@@ -41,7 +40,7 @@ __device__ void subtract_kept(const MassParams& p, int begin, int end, float* ma
     float kept = 0.0f;
     if (i < end) {
       const float z = p.logits[i];
-      group = p.ids[i] >> kGroupBits;
+      group = p.ids[i] / kGroupCols;
       kept = ptx::ex2(fmaf(z, kLog2E, -lse2)) * capped(p.options, z);
     }
 #pragma unroll

@@ -1,13 +1,12 @@
-// From plain parameters to the kernels' view of the work, and the launch itself; forward and backward share it.
+// From plain parameters to the kernels' view of the work, and the launch itself; every architecture and kernel shares it.
 #pragma once
 
 #include <algorithm>
 
+#include "cuda/common/work.cuh"
 #include "cuda/device_info.h"
-#include "cuda/sm80/config.h"
-#include "cuda/sm80/mainloop.cuh"
 
-namespace cce::cuda::sm80 {
+namespace cce::cuda {
 
 inline Work make_work(const Head& head, int64_t n, int tiles_per_split, int block_m, int block_n) {
   Work w;
@@ -39,4 +38,4 @@ cudaError_t launch(Kernel kernel, int shared_bytes, const Work& work, cudaStream
   return cudaGetLastError();
 }
 
-}  // namespace cce::cuda::sm80
+}  // namespace cce::cuda

@@ -1,0 +1,166 @@
+"""Times and memory of single calls, on a GPU by CUDA events with a cold L2 cache, on a CPU by the
+clock."""
+
+from __future__ import annotations
+
+import statistics
+import subprocess
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from bench.methods import Loss
+from bench.problems import Problem
+
+MB = 1e6
+KINDS = ("loss-fw", "loss-fw-train", "loss-bw", "loss-fw-bw")
+KIND_HELP = """
+  loss-fw        forward without gradients
+  loss-fw-train  forward that a backward follows
+  loss-bw        that backward
+  loss-fw-bw     both
+"""
+
+
+class Call(NamedTuple):
+    """What is measured: ``run`` on what ``prepare`` made, which is not measured."""
+
+    prepare: Callable[[], Any]
+    run: Callable[[Any], Any]
+
+
+def make_call(kind: str, loss: Loss, problem: Problem) -> Call:
+    """The call of a kind. Gradients are returned, not stored: nothing has to be reset."""
+    leaves = problem.leaves()
+
+    def nothing() -> None:
+        return None
+
+    def forward(_: None) -> Tensor:
+        with torch.no_grad():
+            return loss(problem)
+
+    def backward(value: Tensor) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(value, leaves)
+
+    return {
+        "loss-fw": Call(nothing, forward),
+        "loss-fw-train": Call(nothing, lambda _: loss(problem)),
+        "loss-bw": Call(lambda: loss(problem), backward),
+        "loss-fw-bw": Call(nothing, lambda _: backward(loss(problem))),
+    }[kind]
+
+
+def matmul_call(e: Tensor, c: Tensor) -> Call:
+    """``torch.mm(E, C.T)``, which stores the logits (N, V) in E's dtype: the unit of all times."""
+    e, c = e.detach(), c.detach()
+
+    def output() -> Tensor:
+        return torch.empty(e.shape[0], c.shape[0], device=e.device, dtype=e.dtype)
+
+    return Call(output, lambda out: torch.mm(e, c.T, out=out))
+
+
+class Timer:
+    """Times calls on a device in ms."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._flush: Tensor | None = None
+        if device.type == "cuda":
+            cache = torch.cuda.get_device_properties(device).L2_cache_size
+            self._flush = torch.empty(max(4 * cache, 64 * 2**20), dtype=torch.int8, device=device)
+
+    def __call__(self, call: Call, repeats: int, warmup: int) -> list[float]:
+        """Times of ``repeats`` calls after ``warmup`` calls that do not count."""
+        for _ in range(warmup):
+            call.run(call.prepare())
+        once = self._cpu if self._flush is None else self._cuda
+        return [once(call) for _ in range(repeats)]
+
+    def _cpu(self, call: Call) -> float:
+        state = call.prepare()
+        start = time.perf_counter()
+        call.run(state)
+        return 1e3 * (time.perf_counter() - start)
+
+    def _cuda(self, call: Call) -> float:
+        state = call.prepare()
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        # Writing more than the L2 cache holds empties it, and keeps the GPU busy while the call's
+        # launches are queued: what is timed is the GPU's work.
+        self._flush.zero_()
+        start.record()
+        result = call.run(state)
+        end.record()
+        end.synchronize()
+        del result
+        return start.elapsed_time(end)
+
+
+class Times(NamedTuple):
+    """Median in ms, and the distance of the 10th to the 90th percentile over the median."""
+
+    median: float
+    spread: float
+
+
+def summarise(times: list[float]) -> Times:
+    """Median and spread of some times."""
+    median = statistics.median(times)
+    if len(times) < 2:
+        return Times(median, 0.0)
+    deciles = statistics.quantiles(times, n=10, method="inclusive")
+    return Times(median, (deciles[-1] - deciles[0]) / median)
+
+
+class Memory(NamedTuple):
+    """Peak in MB of 10⁶ bytes beyond what was there before the call; reserved is the allocator's
+    hold on the GPU, None on a CPU."""
+
+    allocated: float
+    reserved: float | None
+
+
+def cuda_memory(call: Call) -> Memory:
+    """Peak GPU memory of a call."""
+    state = call.prepare()
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+    allocated, reserved = torch.cuda.memory_allocated(), torch.cuda.memory_reserved()
+    torch.cuda.reset_peak_memory_stats()
+    result = call.run(state)
+    torch.cuda.synchronize()
+    peak = Memory(
+        (torch.cuda.max_memory_allocated() - allocated) / MB,
+        (torch.cuda.max_memory_reserved() - reserved) / MB,
+    )
+    del result, state
+    return peak
+
+
+def clocks(device: torch.device) -> dict[str, str]:
+    """Clocks, power, temperature and throttling of a GPU as nvidia-smi reports them; nothing is
+    set. Empty where it does not answer."""
+    if device.type != "cuda":
+        return {}
+    fields = (
+        "clocks.sm",
+        "clocks.mem",
+        "power.draw",
+        "power.limit",
+        "temperature.gpu",
+        "clocks_event_reasons.active",
+    )
+    uuid = getattr(torch.cuda.get_device_properties(device), "uuid", None)
+    command = ["nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader"]
+    if uuid is not None:
+        command.append(f"--id=GPU-{uuid}")
+    try:
+        out = subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout
+    except (OSError, subprocess.SubprocessError):
+        return {}
+    return dict(zip(fields, (x.strip() for x in out.splitlines()[0].split(",")), strict=False))

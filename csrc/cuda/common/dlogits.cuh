@@ -1,0 +1,68 @@
+// The epilogue of the backward's recompute: logits become what the matmuls over them want, 16 bit, in device memory.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include "cuda/common/epilogue.cuh"
+#include "cuda/common/work.cuh"
+
+namespace cce::cuda {
+
+// What the epilogue makes: gradients where only a positive factor lies between product and logit; gradients with bias,
+// softcap, label smoothing or any scale; the dropped entries' weights, with everything.
+enum class Epilogue { kPlain, kGeneral, kTail };
+
+// Where the epilogue writes.
+template <typename T>
+struct DlogitsOut {
+  T* dlogits;
+  int64_t ld;
+  bool compact;  // rows by position in the order; else at their original places
+  float tail_eps;
+};
+
+template <typename T>
+__device__ __forceinline__ uint32_t pack(float low, float high);
+template <>
+__device__ __forceinline__ uint32_t pack<__nv_bfloat16>(float low, float high) {
+  const __nv_bfloat162 x = __floats2bfloat162_rn(low, high);
+  return *reinterpret_cast<const uint32_t*>(&x);
+}
+template <>
+__device__ __forceinline__ uint32_t pack<__half>(float low, float high) {
+  const __half2 x = __floats2half2_rn(low, high);
+  return *reinterpret_cast<const uint32_t*>(&x);
+}
+
+// Rows that do not count: zeros, so that the matmuls over G can take all rows.
+template <typename T>
+__device__ __forceinline__ void clear_ignored_rows(const Work& work, int count, T* dlogits,
+                                                   int64_t ld) {
+  const int64_t pieces = ld / 8;
+  for (int position = count + blockIdx.x; position < work.n; position += gridDim.x) {
+    uint4* row = reinterpret_cast<uint4*>(dlogits + work.row_order[position] * ld);
+    for (int64_t i = threadIdx.x; i < pieces; i += blockDim.x) row[i] = make_uint4(0, 0, 0, 0);
+  }
+}
+
+// One row of the pair, in place: raw products (kPlain) or logits become the output. first_col: shard-local id of the
+// launch's first column; first: this thread's first column in the launch; scale: base-2 logits are scale * acc (kPlain).
+template <Epilogue kEpilogue, typename Columns, int kElements>
+__device__ __forceinline__ void logits_to_output(float (&acc)[kElements], int h,
+                                                 const RowGradient& row, const LogitParams& logits,
+                                                 float scale, float tail_eps, int first_col,
+                                                 int first) {
+  const int target = row.target < 0 ? -1 : row.target - first_col;
+  if constexpr (kEpilogue == Epilogue::kTail) {
+    logits_to_tail<Columns>(acc, h, row, target, tail_eps, logits, first);
+  } else if constexpr (kEpilogue == Epilogue::kGeneral) {
+    logits_to_gradients<Columns>(acc, h, row, target, logits, first);
+  } else {
+    products_to_gradients<Columns>(acc, h, row.a * logits.logit_scale,
+                                   row.target_weight * logits.logit_scale, row.lse2, scale, target,
+                                   first);
+  }
+}
+
+}  // namespace cce::cuda

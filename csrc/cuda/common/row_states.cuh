@@ -1,0 +1,140 @@
+// Running statistics of the rows of a block, in shared memory: tiles are folded into them as they come, and at the end of a
+// unit (one row block x one split) they become one partial a row. Columns may be dealt out to several groups of warps,
+// each with states of its own; of a group, one warp owns a row, and in it one quad.
+#pragma once
+
+#include <cfloat>
+
+#include "cuda/common/candidates.cuh"
+#include "cuda/common/epilogue.cuh"
+
+namespace cce::cuda {
+
+// [column group of warps][row of the block]. From logit_sum on, for the general kernel only.
+template <int kGroups, int kBlockM>
+struct RowStates {
+  float max[kGroups][kBlockM];
+  float sum[kGroups][kBlockM];
+  float cut[kBlockM];  // base-2 logit from which an entry is a candidate
+  float logit_sum[kGroups][kBlockM];
+  float weighted[kGroups][kBlockM];
+  int argmax[kGroups][kBlockM];
+  float capped[kGroups][kBlockM];
+};
+
+template <int kGroups, int kBlockM>
+__device__ __forceinline__ void reset_row(RowStates<kGroups, kBlockM>& s, int row, bool general) {
+#pragma unroll
+  for (int g = 0; g < kGroups; ++g) {
+    s.max[g][row] = -INFINITY;
+    s.sum[g][row] = 0.0f;
+    if (general) {
+      s.logit_sum[g][row] = 0.0f;
+      s.weighted[g][row] = 0.0f;
+      s.argmax[g][row] = 0;
+      s.capped[g][row] = 0.0f;
+    }
+  }
+}
+
+// The cuts of a row block's rows, one thread a row; rows beyond the count never have a candidate.
+template <int kGroups, int kBlockM>
+__device__ __forceinline__ void set_cut(RowStates<kGroups, kBlockM>& s, int row,
+                                        const Candidates& want, const int32_t* row_order,
+                                        int position, int count) {
+  s.cut[row] =
+      position < count ? __ldg(want.bound2 + row_order[position]) + want.log2_eps : INFINITY;
+}
+
+// Folds the rows (r, r + 8) of a tile (already masked) into the states. scale: base-2 logits are scale * acc; sink: where
+// candidates go in training.
+template <bool kGeneral, bool kTraining, typename Columns, int kElements, int kGroups, int kBlockM,
+          typename Sink>
+__device__ __forceinline__ void fold_rows(const float (&acc)[kElements],
+                                          RowStates<kGroups, kBlockM>& s, int group, int row,
+                                          float scale, int launch_col, int first_col,
+                                          const LogitParams& p, const Partials& want,
+                                          float log2_eps, const Sink& sink) {
+#pragma unroll
+  for (int h = 0; h < 2; ++h) {
+    const int r = row + 8 * h;
+    const float old = s.max[group][r];
+    __syncwarp();  // the whole quad has read it before one lane writes it
+    const float top = quad_max(thread_max(acc, h));
+    const RowState tile{top * scale, 0.0f};
+    const float max = fmaxf(old, tile.max), reference = finite_reference(max);
+    RowSums part;
+    bool more = false;
+    if constexpr (kGeneral) more = want.logit_sum || want.weighted || want.capped;
+    if (more)
+      part = thread_sums<Columns>(acc, h, reference, p.inv_softcap, first_col, p.cols);
+    else
+      part.sum = thread_sum_exp2(acc, h, scale, reference);
+    const float sum = quad_sum(part.sum), rescale = ptx::ex2(old - reference);
+    const bool writer = threadIdx.x % 4 == 0;
+    if (more) {
+      const float logit_sum = quad_sum(part.logits), weighted = quad_sum(part.weighted);
+      const float capped = quad_sum(part.capped);
+      const int at = want.weighted ? quad_min(thread_find<Columns>(acc, h, first_col, top)) : 0;
+      if (writer) {
+        s.logit_sum[group][r] += logit_sum;
+        s.weighted[group][r] = s.weighted[group][r] * rescale + weighted;
+        s.capped[group][r] = s.capped[group][r] * rescale + capped;
+        if (tile.max > old) s.argmax[group][r] = at;
+      }
+    }
+    if (writer) {
+      s.max[group][r] = max;
+      s.sum[group][r] = s.sum[group][r] * rescale + sum;
+    }
+    if constexpr (kTraining) {
+      // What the unit has seen so far is a lower bound of the lse too. Never -inf: absent columns are.
+      const float cut = fmaxf(fmaxf(s.cut[r], max + log2_eps), -FLT_MAX);
+      emit_candidates<Columns>(acc, h, top, cut / scale, scale / kLog2E, launch_col + first_col, r,
+                               sink);
+    }
+  }
+}
+
+// Merges a row's column groups and writes its partial.
+template <bool kGeneral, int kGroups, int kBlockM>
+__device__ __forceinline__ void write_partial(RowStates<kGroups, kBlockM>& s, int row,
+                                              const Partials& out, int64_t at, int first_col,
+                                              bool exists) {
+  RowState total{s.max[0][row], s.sum[0][row]};
+  float logit_sum = 0.0f, weighted = 0.0f, capped = 0.0f;
+  int argmax = 0;
+  if constexpr (kGeneral) {
+    capped = s.capped[0][row];
+    logit_sum = s.logit_sum[0][row];
+    weighted = s.weighted[0][row];
+    argmax = s.argmax[0][row];
+  }
+#pragma unroll
+  for (int g = 1; g < kGroups; ++g) {
+    const RowState next{s.max[g][row], s.sum[g][row]};
+    if constexpr (kGeneral) {
+      const float reference = finite_reference(fmaxf(total.max, next.max));
+      const float mine = ptx::ex2(total.max - reference), theirs = ptx::ex2(next.max - reference);
+      weighted = weighted * mine + s.weighted[g][row] * theirs;
+      capped = capped * mine + s.capped[g][row] * theirs;
+      logit_sum += s.logit_sum[g][row];
+      // Column groups interleave from tile to tile, so equal maxima are decided by the smaller id.
+      const int other = s.argmax[g][row];
+      if (next.max > total.max || (next.max == total.max && other < argmax)) argmax = other;
+    }
+    total = merge(total, next);
+  }
+  if (!exists) return;
+  out.max_sum[at] = make_float2(total.max, total.sum);
+  if constexpr (kGeneral) {
+    if (out.logit_sum) out.logit_sum[at] = logit_sum;
+    if (out.capped) out.capped[at] = capped;
+    if (out.weighted) {
+      out.weighted[at] = weighted;
+      out.argmax[at] = first_col + argmax;
+    }
+  }
+}
+
+}  // namespace cce::cuda

@@ -1,0 +1,61 @@
+// The work of one launch as the kernels see it, and a block's way through it.
+#pragma once
+
+#include "cuda/common/tile_scheduler.cuh"
+#include "cuda/params.h"
+
+namespace cce::cuda {
+
+// The work of a launch as the kernels see it.
+struct Work {
+  Matrix e, c, u, lora_b;
+  const int32_t* row_order = nullptr;
+  const int32_t* row_count = nullptr;
+  int n = 0;               // rows in the order, ignored ones included
+  int column_tiles = 0;
+  int tiles_per_split = 1;
+  int splits = 1;
+  int superblock = 1;
+};
+
+// Where a block is in its stream of slices: unit, column tile, slice. Block b takes units b, b + gridDim.x, ...; what follows
+// from the work is not kept: registers are for the accumulators.
+struct Cursor {
+  const Work& work;
+  int row_blocks;  // with rows that count
+  int unit;
+  int row_block = 0;
+  int tile = 0, tile_end = 0;  // column tiles of the unit's split
+  int slice = 0;
+
+  __device__ Cursor(const Work& w, int blocks) : work(w), row_blocks(blocks), unit(blockIdx.x) {
+    enter();
+  }
+  __device__ bool done() const { return unit >= order().units(); }
+  __device__ int split() const { return tile / work.tiles_per_split; }
+  // To the next column tile; true when that was the unit's last.
+  __device__ bool next_tile() {
+    slice = 0;
+    if (++tile < tile_end) return false;
+    unit = next_unit();
+    enter();
+    return true;
+  }
+  // The row block of the unit after this one; 0 if there is none.
+  __device__ int next_row_block() const {
+    return next_unit() < order().units() ? order().at(next_unit()).row_block : 0;
+  }
+
+ private:
+  __device__ UnitOrder order() const { return {row_blocks, work.splits, work.superblock}; }
+  __device__ int next_unit() const { return unit + static_cast<int>(gridDim.x); }
+  __device__ void enter() {
+    if (done()) return;
+    const Unit u = order().at(unit);
+    row_block = u.row_block;
+    tile = u.split * work.tiles_per_split;
+    tile_end = min(tile + work.tiles_per_split, work.column_tiles);
+  }
+};
+
+}  // namespace cce::cuda

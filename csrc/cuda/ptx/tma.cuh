@@ -1,0 +1,30 @@
+// Tiles of matrices from global to shared memory by the bulk tensor copy engine (sm_90).
+// PTX ISA, "Data Movement and Conversion Instructions: cp.async.bulk.tensor" and "prefetch.tensormap".
+#pragma once
+
+#include <cuda.h>
+
+#include <cstdint>
+
+namespace cce::cuda::ptx {
+
+// The box of `map` at (column x, row y); what lies outside of the matrix becomes zeros. Its bytes count on `barrier`.
+__device__ __forceinline__ void tma_load(uint32_t shared, const CUtensorMap* map, uint32_t barrier,
+                                         int x, int y) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes "
+      "[%0], [%1, {%3, %4}], [%2];" ::"r"(shared),
+      "l"(map), "r"(barrier), "r"(x), "r"(y)
+      : "memory");
+}
+
+__device__ __forceinline__ void tma_prefetch(const CUtensorMap* map) {
+  asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
+}
+
+// Orders this thread's earlier writes to shared memory before what the copy engine and the tensor cores do with it.
+__device__ __forceinline__ void fence_async_proxy() {
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+}
+
+}  // namespace cce::cuda::ptx

@@ -1,0 +1,17 @@
+// The sm_90 backend's entry points, as dispatch.cpp calls them.
+#pragma once
+
+#include <string>
+
+#include "cuda/params.h"
+
+namespace cce::cuda::sm90 {
+
+constexpr int kBlockM = 128, kBlockN = 192;
+
+// Why this backend cannot run on the current device, or empty.
+std::string unsupported();
+cudaError_t forward(const ForwardParams& params, cudaStream_t stream);
+cudaError_t backward(const BackwardParams& params, cudaStream_t stream);
+
+}  // namespace cce::cuda::sm90

@@ -1,0 +1,37 @@
+#include "cuda/common/launch.cuh"
+#include "cuda/sm90/backend.h"
+#include "cuda/sm90/backward.cuh"
+
+namespace cce::cuda::sm90 {
+namespace {
+
+template <typename T, Epilogue kEpilogue>
+cudaError_t run(const BackwardParams& p, cudaStream_t stream) {
+  // One column tile a unit: the finest grain, so that the last wave of a chunk is as full as it can be.
+  const Work work = make_work(p.head, p.n, 1, Config::kBlockM, Config::kBlockN);
+  Maps maps = {};
+  const cudaError_t error = make_maps(p.head, Config::kBlockM, Config::kBlockN, &maps);
+  if (error != cudaSuccess) return error;
+  return launch<Config>(
+      backward_mainloop<T, kEpilogue>, backward_shared_bytes(), work, stream, maps,
+      LogitParams(p.head.options, p.head.bias, p.head.c.rows), p.rows,
+      static_cast<int>(p.head.first_col),
+      DlogitsOut<T>{static_cast<T*>(p.dlogits), p.ld_dlogits, false, p.tail_eps});
+}
+
+template <typename T>
+cudaError_t choose(const BackwardParams& p, cudaStream_t stream) {
+  const bool plain = LogitParams(p.head.options, p.head.bias, p.head.c.rows).plain() &&
+                     p.head.options.label_smoothing == 0.0;
+  if (p.tail) return run<T, Epilogue::kTail>(p, stream);
+  return plain ? run<T, Epilogue::kPlain>(p, stream) : run<T, Epilogue::kGeneral>(p, stream);
+}
+
+}  // namespace
+
+cudaError_t backward(const BackwardParams& params, cudaStream_t stream) {
+  return params.head.dtype == Dtype::kBFloat16 ? choose<__nv_bfloat16>(params, stream)
+                                               : choose<__half>(params, stream);
+}
+
+}  // namespace cce::cuda::sm90

@@ -1,0 +1,38 @@
+#include "cuda/common/launch.cuh"
+#include "cuda/sm90/backend.h"
+#include "cuda/sm90/forward.cuh"
+
+namespace cce::cuda::sm90 {
+namespace {
+
+template <typename T, bool kGeneral, bool kTraining>
+cudaError_t run(const ForwardParams& p, cudaStream_t stream) {
+  const Work work = make_work(p.head, p.n, p.tiles_per_split, Config::kBlockM, Config::kBlockN);
+  Maps maps = {};
+  const cudaError_t error = make_maps(p.head, Config::kBlockM, Config::kBlockN, &maps);
+  if (error != cudaSuccess) return error;
+  return launch<Config>(forward_mainloop<T, kGeneral, kTraining>, forward_shared_bytes(kTraining),
+                        work, stream, maps, LogitParams(p.head.options, p.head.bias, p.head.c.rows),
+                        p.partials, p.candidates, p.n, static_cast<int>(p.head.first_col));
+}
+
+template <typename T, bool kGeneral>
+cudaError_t choose(const ForwardParams& p, cudaStream_t stream) {
+  return p.candidates.pool ? run<T, kGeneral, true>(p, stream) : run<T, kGeneral, false>(p, stream);
+}
+
+template <typename T>
+cudaError_t choose(const ForwardParams& p, cudaStream_t stream) {
+  const bool plain = LogitParams(p.head.options, p.head.bias, p.head.c.rows).plain() &&
+                     !p.partials.logit_sum && !p.partials.weighted;
+  return plain ? choose<T, false>(p, stream) : choose<T, true>(p, stream);
+}
+
+}  // namespace
+
+cudaError_t forward(const ForwardParams& params, cudaStream_t stream) {
+  return params.head.dtype == Dtype::kBFloat16 ? choose<__nv_bfloat16>(params, stream)
+                                               : choose<__half>(params, stream);
+}
+
+}  // namespace cce::cuda::sm90

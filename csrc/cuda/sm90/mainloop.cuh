@@ -1,0 +1,260 @@
+// The long-K product of 128 x 192 tiles by wgmma, fed by the copy engine: D/64 slices from (E, C), then R/64 slices from
+// (U, B), without joining them in memory.
+//
+// Shared memory: kStages slices, each an A tile (128, 64) and a B tile (192, 64) with the 128-byte swizzle, 40 KB; then a
+// full and an empty barrier a stage. Persistent, one block a multiprocessor, three warpgroups:
+// - Warpgroups 0 and 1 multiply: tile t of the block's stream belongs to warpgroup t % 2, all 128 rows of it (192
+//   accumulators a thread). While one runs its epilogue the other has the tensor cores ("ping-pong").
+// - Warpgroup 2 loads. Where every row counts, one thread issues tensor copies for both tiles. Where some are ignored, the
+//   rows of A are not neighbours: its 128 threads gather them by cp.async, 16 bytes each, and B still comes by tensor copy.
+// Barrier protocol: full[s] completes when the bytes of the stage are there: one arrival (which names the bytes of the
+// tensor copies), and in gather mode 128 more, each made two slices late, when the thread's own cp.async have landed and are
+// ordered before the tensor cores' reads (fence.proxy.async). empty[s] completes by one arrival, of the warpgroup that has
+// multiplied the stage, one slice late, when its products have been waited for. Named barriers: kProductTurn + w lets
+// warpgroup w issue a tile's products, kEpilogueTurn + w lets it touch what both share; each is given by the other.
+#pragma once
+
+#include <cstdint>
+
+#include "cuda/common/epilogue.cuh"
+#include "cuda/common/work.cuh"
+#include "cuda/ptx/cp_async.cuh"
+#include "cuda/ptx/mbarrier.cuh"
+#include "cuda/ptx/tma.cuh"
+#include "cuda/ptx/warpgroup.cuh"
+#include "cuda/ptx/wgmma.cuh"
+#include "cuda/sm90/config.h"
+#include "cuda/sm90/tensor_map.h"
+
+#if defined(__CUDA_ARCH__) && !defined(__CUDA_ARCH_FEAT_SM90_ALL)
+#error "csrc/cuda/sm90 is for sm_90a alone"
+#endif
+
+namespace cce::cuda::sm90 {
+
+constexpr int kProductTurn = 1, kEpilogueTurn = 3;
+
+// The stage that a thread is at, and the parity of its barriers' phase.
+struct Ring {
+  int stage = 0;
+  uint32_t phase = 0;
+
+  __device__ __forceinline__ void next() {
+    if (++stage == Config::kStages) {
+      stage = 0;
+      phase ^= 1;
+    }
+  }
+  __device__ __forceinline__ void skip(int slices) {
+    const int to = stage + slices, wraps = to / Config::kStages;
+    stage = to - wraps * Config::kStages;
+    phase ^= wraps & 1;
+  }
+};
+
+// Where things are in shared memory, and how many slices a tile has.
+struct Pipeline {
+  uint32_t stages, full, empty;
+  int slices_main, slices;
+
+  __device__ Pipeline(uint32_t base, const Work& work)
+      : stages(base),
+        full(base + Config::kPipelineBytes),
+        empty(full + 8 * Config::kStages),
+        slices_main((static_cast<int>(work.e.cols) + Config::kBlockK - 1) / Config::kBlockK),
+        slices(slices_main +
+               (static_cast<int>(work.u.cols) + Config::kBlockK - 1) / Config::kBlockK) {}
+  __device__ __forceinline__ uint32_t a(int stage) const {
+    return stages + stage * Config::kStageBytes;
+  }
+  __device__ __forceinline__ uint32_t b(int stage) const { return a(stage) + Config::kBytesA; }
+};
+
+// The first aligned byte of the block's dynamic shared memory.
+__device__ __forceinline__ uint8_t* aligned_shared(uint8_t* shared) {
+  const uint32_t at = ptx::shared_address(shared);
+  return shared + (-at & (Config::kAlignment - 1));
+}
+
+// One thread, before anybody uses the barriers; the block then synchronises.
+__device__ __forceinline__ void init_barriers(const Pipeline& pipe, bool gather) {
+  for (int s = 0; s < Config::kStages; ++s) {
+    ptx::mbarrier_init(pipe.full + 8 * s, gather ? 129 : 1);
+    ptx::mbarrier_init(pipe.empty + 8 * s, 1);
+  }
+  ptx::fence_mbarrier_init();
+}
+
+// Both tiles of every slice by tensor copies; one thread.
+__device__ __forceinline__ void load_tiles(const Work& work, const Maps& maps, const Pipeline& pipe,
+                                           int row_blocks) {
+  Ring ring;
+  for (Cursor at(work, row_blocks); !at.done(); at.next_tile()) {
+#pragma unroll 1
+    for (int s = 0; s < pipe.slices; ++s, ring.next()) {
+      const bool low_rank = s >= pipe.slices_main;
+      const int k = (low_rank ? s - pipe.slices_main : s) * Config::kBlockK;
+      const uint32_t full = pipe.full + 8 * ring.stage;
+      ptx::mbarrier_wait(pipe.empty + 8 * ring.stage, ring.phase ^ 1);
+      ptx::mbarrier_arrive_expect(full, Config::kStageBytes);
+      ptx::tma_load(pipe.a(ring.stage), low_rank ? &maps.u : &maps.e, full, k,
+                    at.row_block * Config::kBlockM);
+      ptx::tma_load(pipe.b(ring.stage), low_rank ? &maps.lora_b : &maps.c, full, k,
+                    at.tile * Config::kBlockN);
+    }
+  }
+}
+
+// A tiles by gathering rows, B tiles by tensor copies; all 128 threads of the warpgroup.
+template <typename T>
+__device__ __forceinline__ void gather_tiles(const Work& work, const Maps& maps,
+                                             const Pipeline& pipe, int row_blocks, int count) {
+  constexpr int kPieces = Config::kBlockK / 8, kRowStep = 128 / kPieces;
+  constexpr int kCopies = Config::kBlockM / kRowStep, kLag = 2;
+  const int thread = threadIdx.x % 128, piece = thread % kPieces, row = thread / kPieces;
+  const uint32_t write = row * 128 + ((piece ^ (row & 7)) << 4);  // rows 16 apart swizzle alike
+  Ring ring, landed;
+  int started = 0;
+  const auto arrive = [&] {
+    ptx::fence_async_proxy();
+    ptx::mbarrier_arrive(pipe.full + 8 * landed.stage);
+    landed.next();
+  };
+  for (Cursor at(work, row_blocks); !at.done(); at.next_tile()) {
+    int rows[kCopies];
+#pragma unroll
+    for (int i = 0; i < kCopies; ++i) {
+      const int position = at.row_block * Config::kBlockM + row + i * kRowStep;
+      rows[i] = __ldg(work.row_order + min(position, count - 1));
+    }
+#pragma unroll 1
+    for (int s = 0; s < pipe.slices; ++s, ring.next()) {
+      const bool low_rank = s >= pipe.slices_main;
+      const Matrix& a = low_rank ? work.u : work.e;
+      const int k = (low_rank ? s - pipe.slices_main : s) * Config::kBlockK;
+      const uint32_t full = pipe.full + 8 * ring.stage;
+      ptx::mbarrier_wait(pipe.empty + 8 * ring.stage, ring.phase ^ 1);
+      if (thread == 0) {
+        ptx::mbarrier_arrive_expect(full, Config::kBytesB);
+        ptx::tma_load(pipe.b(ring.stage), low_rank ? &maps.lora_b : &maps.c, full, k,
+                      at.tile * Config::kBlockN);
+      }
+      const T* from = static_cast<const T*>(a.data) + k + piece * 8;
+      const bool beyond = k + piece * 8 >= a.cols;
+#pragma unroll
+      for (int i = 0; i < kCopies; ++i) {
+        ptx::cp_async_16(pipe.a(ring.stage) + write + i * kRowStep * 128,
+                         beyond ? a.data : from + rows[i] * a.ld, beyond);
+      }
+      ptx::cp_async_commit();
+      if (++started > kLag) {
+        ptx::cp_async_wait<kLag>();
+        arrive();
+      }
+    }
+  }
+  ptx::cp_async_wait<0>();
+  for (int left = min(started, kLag); left > 0; --left) arrive();
+}
+
+// One tile's product, from the stage at `ring` on; acc must be zero. Gives the turn to the other warpgroup.
+template <typename T>
+__device__ __forceinline__ void multiply(float (&acc)[Config::kMmaM][Config::kAccumulators],
+                                         const Pipeline& pipe, Ring& ring, int other) {
+  const bool releases = threadIdx.x % 128 == 0;
+  int last = 0;
+#pragma unroll 1
+  for (int s = 0; s < pipe.slices; ++s) {
+    ptx::mbarrier_wait(pipe.full + 8 * ring.stage, ring.phase);
+    ptx::wgmma_fence();
+    const uint64_t a = ptx::wgmma_descriptor(pipe.a(ring.stage));
+    const uint64_t b = ptx::wgmma_descriptor(pipe.b(ring.stage));
+#pragma unroll
+    for (int k16 = 0; k16 < Config::kBlockK / 16; ++k16) {
+#pragma unroll
+      for (int m = 0; m < Config::kMmaM; ++m)
+        ptx::wgmma_m64n192k16<T>(acc[m], a + 512 * m + 2 * k16, b + 2 * k16);
+    }
+    ptx::wgmma_commit();
+    if (s > 0) {
+      ptx::wgmma_wait<1>();
+      if (releases) ptx::mbarrier_arrive(pipe.empty + 8 * last);
+    }
+    last = ring.stage;
+    ring.next();
+  }
+  ptx::barrier_arrive(kProductTurn + other, 256);
+  ptx::wgmma_wait<0>();
+  if (releases) ptx::mbarrier_arrive(pipe.empty + 8 * last);
+}
+
+// What the accumulators of a tile start from: zero, or the bias of their columns.
+__device__ __forceinline__ void start_accumulators(
+    float (&acc)[Config::kMmaM][Config::kAccumulators], const float* bias, int first, int cols) {
+  const float* from = bias + first;
+  const int left = bias ? cols - first : 0;
+#pragma unroll
+  for (int j = 0; j < Config::kAccumulators / 4; ++j) {
+#pragma unroll
+    for (int e = 0; e < 2; ++e) {
+      const int i = PairedColumns::at(j) + e;
+      const float x = i < left ? __ldg(from + i) : 0.0f;
+#pragma unroll
+      for (int m = 0; m < Config::kMmaM; ++m) acc[m][4 * j + e] = acc[m][4 * j + 2 + e] = x;
+    }
+  }
+}
+
+// The stream of tiles of warpgroup 0 or 1. epilogue(acc, cursor) runs in the order of the tiles. bias: null for none.
+template <typename T, typename TileEpilogue>
+__device__ __forceinline__ void consume(const Work& work, const Pipeline& pipe, int row_blocks,
+                                        const float* bias, TileEpilogue&& epilogue) {
+  const int mine = threadIdx.x / 128, other = mine ^ 1;
+  if (mine == 1) {  // warpgroup 0 begins
+    ptx::barrier_arrive(kProductTurn, 256);
+    ptx::barrier_arrive(kEpilogueTurn, 256);
+  }
+  Ring ring;
+  bool turn = mine == 0;
+  float acc[Config::kMmaM][Config::kAccumulators];
+  for (Cursor at(work, row_blocks); !at.done(); at.next_tile(), turn = !turn) {
+    if (!turn) {
+      ring.skip(pipe.slices);
+      continue;
+    }
+    // Set rather than overwritten by the first product: their old values end here, which frees registers.
+    start_accumulators(acc, bias, at.tile * Config::kBlockN + PairedColumns::first(),
+                       static_cast<int>(work.c.rows));
+    ptx::barrier_sync(kProductTurn + mine, 256);
+    multiply<T>(acc, pipe, ring, other);
+    ptx::barrier_sync(kEpilogueTurn + mine, 256);
+    epilogue(acc, at);
+    ptx::barrier_arrive(kEpilogueTurn + other, 256);
+  }
+}
+
+// The whole block: barriers, roles, streams. prepare() runs in all threads before the roles part.
+template <typename T, typename Prepare, typename TileEpilogue>
+__device__ __forceinline__ void run_block(const Work& work, const Maps& maps, uint8_t* shared,
+                                          int count, const float* bias, Prepare&& prepare,
+                                          TileEpilogue&& epilogue) {
+  const Pipeline pipe(ptx::shared_address(shared), work);
+  const int row_blocks = (count + Config::kBlockM - 1) / Config::kBlockM;
+  const bool gather = count < work.e.rows;
+  if (threadIdx.x == 0) init_barriers(pipe, gather);
+  prepare();
+  __syncthreads();
+  if (threadIdx.x / 128 == Config::kConsumers) {
+    ptx::give_registers<Config::kProducerRegisters>();
+    if (gather) {
+      gather_tiles<T>(work, maps, pipe, row_blocks, count);
+    } else if (threadIdx.x % 128 == 0) {
+      load_tiles(work, maps, pipe, row_blocks);
+    }
+  } else {
+    ptx::take_registers<Config::kConsumerRegisters>();
+    consume<T>(work, pipe, row_blocks, bias, epilogue);
+  }
+}
+
+}  // namespace cce::cuda::sm90

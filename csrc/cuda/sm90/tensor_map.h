@@ -1,0 +1,21 @@
+// Tensor maps: how the copy engine finds tiles of a matrix.
+#pragma once
+
+#include <cuda.h>
+
+#include "cuda/params.h"
+
+namespace cce::cuda::sm90 {
+
+// The four matrices of a head; those of an absent low-rank update are never used.
+struct Maps {
+  CUtensorMap e, c, u, lora_b;
+};
+
+// Whether the driver has what make_maps needs.
+bool has_tensor_maps();
+
+// Boxes of 64 columns, of block_m rows for E and U and of block_n rows for C and B.
+cudaError_t make_maps(const Head& head, int block_m, int block_n, Maps* maps);
+
+}  // namespace cce::cuda::sm90
