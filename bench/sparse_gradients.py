@@ -12,8 +12,8 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,9 +21,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from bench.gpu import SHAPES, matmul_ms, time_ms
 from bench.llm_data import describe, llm_like
-from bench.stored_head import HELP, find_head, load_head
+from bench.problems import SHAPES
+from bench.stored_head import HELP, find_head
+from bench.timing import Call, Timer, matmul_call, summarise
+from bench.trained_head import load_head
 from cce_ext import diagnostics, linear_cross_entropy
 
 BF16 = torch.bfloat16
@@ -170,8 +172,18 @@ def graph_of(step: Callable[[], tuple[Tensor, ...]]) -> tuple[Any, tuple[Tensor,
     return graph, results
 
 
+def as_call(run: Callable[[], object]) -> Call:
+    """A call with nothing to prepare."""
+    return Call(lambda: None, lambda _: run())
+
+
 def step_times(
-    e: Tensor, c: Tensor, targets: Tensor, step: Callable[[], object], repeats: int
+    timer: Timer,
+    e: Tensor,
+    c: Tensor,
+    targets: Tensor,
+    step: Callable[[], object],
+    repeats: int,
 ) -> dict[str, list[float]]:
     """Times in ms of a step and its parts."""
     loss = linear_cross_entropy(e, c, targets)
@@ -186,7 +198,7 @@ def step_times(
         "backward": lambda: torch.autograd.grad(loss, (e, c), retain_graph=True),
         "forward + backward": step,
     }
-    return {name: time_ms(run, repeats) for name, run in tqdm(work.items(), desc="speed")}
+    return {name: timer(as_call(run), repeats, 2) for name, run in tqdm(work.items(), desc="speed")}
 
 
 def speed(n: int, repeats: int) -> dict[str, Any]:
@@ -194,7 +206,8 @@ def speed(n: int, repeats: int) -> dict[str, Any]:
     v, d = SHAPES["gemma2"]
     e, c, targets = llm_like(n, v, d, BF16, "cuda")
     data = describe(e, c, targets)
-    matmul = statistics.median(matmul_ms(e, c, repeats))
+    timer = Timer(e.device)
+    matmul = summarise(timer(matmul_call(e, c), repeats, 2))
     e, c = e.requires_grad_(), c.requires_grad_()
     size = (e.numel() + c.numel()) * e.element_size()
 
@@ -207,18 +220,18 @@ def speed(n: int, repeats: int) -> dict[str, Any]:
     facts = diagnostics()
     same = all(torch.equal(x, y) for x, y in zip(first, second, strict=True))
     del second
-    times = step_times(e, c, targets, step, repeats)
+    times = step_times(timer, e, c, targets, step, repeats)
     torch.cuda.empty_cache()
     graph, results = graph_of(step)
-    times["forward + backward, CUDA graph"] = time_ms(graph.replay, repeats)
+    times["forward + backward, CUDA graph"] = timer(as_call(graph.replay), repeats, 2)
     graph.replay()
     torch.cuda.synchronize()
     replayed = all(torch.equal(x, y) for x, y in zip(first, results, strict=True))
-    rows = [{"kind": "matmul", "ms": matmul, "ratio": 1.0, "spread": 0.0}]
-    for name, found in times.items():
-        median = statistics.median(found)
-        spread = (max(found) - min(found)) / median
-        rows.append({"kind": name, "ms": median, "ratio": median / matmul, "spread": spread})
+    found = {"matmul": matmul} | {name: summarise(values) for name, values in times.items()}
+    rows = [
+        {"kind": k, "ms": t.median, "ratio": t.median / matmul.median, "spread": t.spread}
+        for k, t in found.items()
+    ]
     return {
         "n": n,
         "shape": (v, d),
@@ -271,7 +284,7 @@ def show_speed(facts: dict[str, Any]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--trained-head", help="folder; default: where tests look for it")
+    parser.add_argument("--trained-head", help="default: where tests look for it")
     parser.add_argument("--only", choices=["accuracy", "speed"])
     parser.add_argument("--n", type=int, default=8192)
     parser.add_argument("--repeats", type=int, default=8)
@@ -293,7 +306,7 @@ def main() -> None:
             print(f"{HELP}; measured on data that look trained instead")
             kind, head = "made head", llm_like(8192, 49152, 512, BF16, "cuda")
         else:
-            kind, head = "trained head", load_head(folder, "cuda")
+            kind, head = "trained head", tuple(x.cuda() for x in load_head(Path(folder)))
         facts["accuracy"] = accuracy(*head, kind)
         del head
         torch.cuda.empty_cache()

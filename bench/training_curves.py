@@ -1,11 +1,12 @@
-"""Does the sparse gradient train as well? ``python -m bench.training_curves [--quick] [--json FILE]
-[--plot FILE]``
+"""Whether the sparse gradient trains as well: ``python -m bench.training_curves [--quick] [--json
+FILE] [--plot FILE]``
 
-A small transformer learns Python's own sources from each of three seeds with several losses: the
-default one, the one with filter_eps="high", the exact one and stored logits. Same batches, same start; what is compared
-is the loss on held-out text after the same number of steps. ``--quick`` is a small version for a
-CPU, where the default gradient comes from its reference (cce_ext/sparse/reference.py), because the
-CPU kernels are always exact. ``--from FILE`` draws the plot of an earlier run.
+A small transformer learns the Python sources of this machine from each of three seeds with several
+losses: the default one, the one with filter_eps="high", the exact one and stored logits. Same
+batches, same start; what is compared is the loss on held-out text after the same number of steps.
+``--quick`` is a small version for a CPU, where the default gradient comes from its reference
+(cce_ext/sparse/reference.py), because the CPU kernels are always exact. ``--from FILE`` draws the
+plot of an earlier run.
 """
 
 from __future__ import annotations
@@ -13,9 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import re
 import statistics
-from collections import Counter
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -24,20 +23,20 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from bench.trained_head import read_machine, tokenize
 from cce_ext import diagnostics, linear_cross_entropy
 from cce_ext.options import LossOptions
 from cce_ext.sparse.reference import sparse_gradients
 from examples.model import LanguageModel
-from examples.text import read_sources, sample_batch
+from examples.text import sample_batch
 
 #: the default gradient's held-out loss may lie this far above the exact one's, in nats
 LIMIT = 0.003
-_PIECE = re.compile(r" ?[A-Za-z_][A-Za-z_0-9]*| ?\d+| *\n *| +|.", re.DOTALL)
 
 
 class Setting(NamedTuple):
-    """Sizes of a run. evaluate: steps between two looks at the held-out text; eps: the reference's
-    threshold on a CPU, where the vocabulary is small."""
+    """Sizes of a run. characters: of each root of sources; evaluate: steps between two looks at the
+    held-out text; eps: the reference's threshold on a CPU, where the vocabulary is small."""
 
     vocab: int
     characters: int
@@ -52,7 +51,7 @@ class Setting(NamedTuple):
 
 
 FULL = Setting(32768, 12_000_000, 256, 64, 128, 1000, 3, 100, 65536, 2.0**-13)
-QUICK = Setting(2048, 400_000, 64, 4, 64, 45, 1, 15, 2048, 2.0**-13)
+QUICK = Setting(2048, 400_000, 64, 4, 64, 30, 1, 10, 2048, 2.0**-13)
 
 
 class Facts(NamedTuple):
@@ -121,21 +120,6 @@ def methods(device: torch.device, eps: float) -> dict[str, Losses]:
     return default | {"exact": Losses(exact, Facts), "eager": Losses(eager_loss, Facts)}
 
 
-def word_tokens(limit: int, vocab: int) -> tuple[Tensor, int]:
-    """Python's standard library as words, numbers and signs, and the size of the vocabulary: its
-    ``vocab`` most frequent pieces, most frequent first; rarer words are spelled."""
-    texts, _ = read_sources(limit)
-    pieces = [piece for text in texts for piece in _PIECE.findall(text)]
-    counts = Counter(pieces)
-    letters = Counter("".join(p for p in counts if len(p) > 1))
-    letters.update({p: n for p, n in counts.items() if len(p) == 1})
-    words = [p for p, _ in counts.most_common() if len(p) > 1][: max(0, vocab - len(letters))]
-    every = [(counts[p], p) for p in words] + [(n, p) for p, n in letters.items()]
-    ids = {p: i for i, (_, p) in enumerate(sorted(every, reverse=True))}
-    tokens = [i for p in pieces for i in ([ids[p]] if p in ids else [ids[letter] for letter in p])]
-    return torch.tensor(tokens), len(ids)
-
-
 def learning_rate(step: int, steps: int) -> float:
     """Fifty steps of warm-up, then down to a tenth along a line."""
     return 2e-3 * min(1.0, (step + 1) / min(50, steps // 4)) * (1 - 0.9 * step / steps)
@@ -193,9 +177,9 @@ def train(
 
 def run(setting: Setting, device: torch.device) -> dict[str, Any]:
     """All runs, and what they come to."""
-    tokens, vocab = word_tokens(setting.characters, setting.vocab)
-    kept = setting.held_out // setting.length * setting.length
-    tokens, held_out = tokens[:-kept], tokens[-kept:].view(-1, setting.length).to(device)
+    tokens, rest, vocab = tokenize(read_machine(setting.characters), setting.vocab)
+    kept = min(setting.held_out, len(rest)) // setting.length * setting.length
+    held_out = rest[:kept].view(-1, setting.length).to(device)
     found = methods(device, setting.eps)
     runs: dict[str, list[dict[str, Any]]] = {name: [] for name in found}
     with tqdm(total=setting.steps * setting.seeds * len(found), desc="training") as bar:

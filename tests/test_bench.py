@@ -9,11 +9,11 @@ import time
 from pathlib import Path
 
 import pytest
-
-from bench.timing import KINDS
+import torch
 
 from bench import sparse_gradients
 from bench.llm_data import llm_like
+from bench.timing import KINDS
 
 ROOT = Path(__file__).resolve().parent.parent
 
