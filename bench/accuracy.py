@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import argparse
 import functools
-from collections.abc import Iterable, Iterator
+import re
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,6 +24,9 @@ from bench.methods import METHODS, Loss, cce, eager, installed
 from bench.problems import DTYPES, SHAPES, Problem, random_inputs
 from bench.results import Results, error_text, path_taken
 from bench.trained_head import DEFAULT_PATH, TrainedHead, load_head
+from cce_ext import linear_cross_entropy
+from cce_ext.options import LossOptions
+from cce_ext.sparse.reference import sparse_gradients
 
 # Logits of a block in float32; autograd keeps a few of that size.
 _BLOCK_BYTES = {"cuda": 2**30, "cpu": 2**27}
@@ -106,24 +110,54 @@ def head_cases(
         yield Case(name, e[rows], c, targets[rows])
 
 
-_SWEPT = "cce, eps 2^-"
+Step = Callable[[Problem], tuple[Tensor, tuple[Tensor, ...]]]
+ALGORITHM = "algorithm"
+_THRESHOLD = re.compile(r", eps 2\^-(\d+)$")
 
 
 def threshold(row: dict[str, Any]) -> int:
     """K of a row that was measured with the threshold 2^-K, 0 of others."""
-    method = row["method"]
-    return int(method.removeprefix(_SWEPT)) if method.startswith(_SWEPT) else 0
+    found = _THRESHOLD.search(row["method"])
+    return int(found.group(1)) if found else 0
 
 
-def accuracy_methods(names: Iterable[str], exponents: Iterable[int]) -> dict[str, Loss]:
-    """The methods by name, and this package's with other thresholds."""
-    found = {name: METHODS[name] for name in names}
-    for exponent in exponents:
-        found[f"{_SWEPT}{exponent}"] = functools.partial(cce, filter_eps=2.0**-exponent)
+def _step(loss: Loss) -> Step:
+    def step(problem: Problem) -> tuple[Tensor, tuple[Tensor, ...]]:
+        value = loss(problem)
+        return value, torch.autograd.grad(value, problem.leaves())
+
+    return step
+
+
+def algorithm(problem: Problem, eps: float) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """The sparse gradient in float64 on stored logits (cce_ext/sparse/reference.py), rounded to the
+    inputs' dtype: what the filter does, without what a kernel's precision does."""
+    e, c = problem.e.detach(), problem.c.detach()
+    n = e.shape[0]
+    dnll = torch.full((n,), 1 / n, dtype=torch.float64, device=e.device)
+    inputs = (e.double(), c.double(), problem.targets, None, None, None)
+    found = sparse_gradients(dnll, None, *inputs, LossOptions(), eps)
+    value = linear_cross_entropy(*inputs[:3], filter_eps=None)
+    return value, (found.de.to(e.dtype), found.dc.to(c.dtype))
+
+
+def accuracy_methods(
+    names: Iterable[str],
+    exponents: Iterable[int],
+    kernels: bool = True,
+    reference: bool = False,
+) -> dict[str, Step]:
+    """The methods by name, then for each threshold this package's ``kernels``, and the ``reference``
+    of the sparse gradient in float64."""
+    found = {name: _step(METHODS[name]) for name in names}
+    for k in exponents if kernels else ():
+        found[f"cce, eps 2^-{k}"] = _step(functools.partial(cce, filter_eps=2.0**-k))
+    for k in exponents if reference else ():
+        found[f"{ALGORITHM}, eps 2^-{k}"] = functools.partial(algorithm, eps=2.0**-k)
     return found
 
 
-def measure_case(case: Case, methods: dict[str, Loss], bar: tqdm) -> list[dict[str, Any]]:
+def measure_case(case: Case, methods: dict[str, Step], bar: tqdm) -> list[dict[str, Any]]:
     """Rows of a case, the first what rounding the true gradients to the dtype costs."""
     problem = Problem(
         case.e.detach().requires_grad_(), case.c.detach().requires_grad_(), case.targets
@@ -133,12 +167,11 @@ def measure_case(case: Case, methods: dict[str, Loss], bar: tqdm) -> list[dict[s
     about = dict(case=case.name, n=n, v=v, d=d, dtype=str(case.e.dtype).removeprefix("torch."))
     rounded = tuple(g.to(case.e.dtype) for g in expected.gradients)
     rows = [{"method": ROUNDED, **about, **errors(expected.loss, rounded, expected)}]
-    for name, loss in methods.items():
+    for name, step in methods.items():
         bar.set_postfix_str(f"{case.name}: {name}")
         row: dict[str, Any] = {"method": name, **about}
         try:
-            value = loss(problem)
-            gradients = torch.autograd.grad(value, problem.leaves())
+            value, gradients = step(problem)
             row |= errors(value.item(), gradients, expected)
             if name.startswith("cce"):
                 row["path"] = path_taken()
@@ -169,14 +202,14 @@ def show(rows: list[dict[str, Any]]) -> None:
 
 
 def run(
-    results: Results, cases: Iterable[Case], methods: dict[str, Loss], path: Path | None
+    results: Results, cases: Iterable[Case], methods: dict[str, Step], path: Path | None
 ) -> None:
     """Measures and prints the cases, saving after each."""
     with tqdm(
         desc="accuracy", leave=False, disable=None, bar_format="{desc} {n_fmt} {postfix}"
     ) as bar:
+        torch.compiler.reset()
         for case in cases:
-            torch.compiler.reset()
             rows = measure_case(case, methods, bar)
             show(rows)
             results.add("accuracy", rows)
@@ -197,6 +230,8 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=installed())
     parser.add_argument("--eps", type=int, nargs="*", default=[], metavar="K",
                         help="also thresholds 2^-K, such as 10 12 14 16")  # fmt: skip
+    parser.add_argument("--algorithm", action="store_true",
+                        help="with --eps: the sparse gradient in float64 too, on a CPU as well")  # fmt: skip
     parser.add_argument("--head", type=Path, default=DEFAULT_PATH,
                         help="of bench.trained_head, or a folder of .npy files")  # fmt: skip
     parser.add_argument("--only", choices=["synthetic", "head"], help="leave the other data out")
@@ -206,7 +241,8 @@ def main() -> None:
     gpu = device.type == "cuda"
     shape, n = args.shape or ("gemma2" if gpu else "small"), args.n or (8192 if gpu else 512)
     results = Results.start(device, "bench.accuracy")
-    methods = accuracy_methods(args.methods, args.eps)
+    # On a CPU the threshold changes nothing: every backward is exact there.
+    methods = accuracy_methods(args.methods, args.eps, gpu, args.algorithm)
     print(
         f"{results.machine['name']}, torch {torch.__version__}, commit {results.machine['commit']}"
     )

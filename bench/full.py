@@ -97,21 +97,23 @@ class Full:
 
     def accuracy(self) -> None:
         """Errors of the gradients; a head is trained if none is named."""
-        methods = accuracy_methods(self.methods, EXPONENTS)
+        methods = accuracy_methods(self.methods, EXPONENTS[::3] if self.quick else EXPONENTS)
         dtype = DTYPES["bfloat16"]
         cases = synthetic_cases(self.models[0], self.n, dtype, self.device)
         run_accuracy(self.results, cases, methods, self.path)
         if self.head is not None:
             head, name = load_head(self.head), f"trained head {self.head.stem}"
         else:
-            small = dict(vocab=2048, limit=200_000, count=256) if self.quick else {}
+            small = dict(vocab=2048, limit=100_000, count=256, least=5) if self.quick else {}
             head = make_head(self.device, self.train_seconds, **small)
             name = "trained head"
         run_accuracy(self.results, head_cases(head, name, dtype, self.device), methods, self.path)
 
     def scaling(self) -> None:
-        """Time and memory over N, V and D."""
-        work = self.work(self.methods, SCALING_KINDS)
+        """Time and memory over N, V and D; compiling for every size would take longer than all the
+        rest."""
+        methods = [name for name in self.methods if name != "torch_compile"]
+        work = self.work(methods, SCALING_KINDS)
         configs = self.in_time
         run_scaling(self.results, work, self.dtype, "llm", self.timer, self.path, configs)
 

@@ -206,7 +206,7 @@ def accuracy(results: Results) -> Figure | None:
 def thresholds(results: Results) -> Figure | None:
     """Lines: errors of the default backward over its threshold, a case each; dashed, eager."""
     rows = [r for r in _ran(results.sections.get("accuracy", []), "de_error") if r["n"] > 64]
-    swept = [row for row in rows if threshold(row)]
+    swept = [row for row in rows if threshold(row) and row["method"].startswith("cce")]
     if not swept:
         return None
     figure = Figure(figsize=(9, 3.8), layout="constrained")

@@ -60,6 +60,16 @@ def machine(device: torch.device) -> dict[str, Any]:
     return facts
 
 
+def _arguments() -> list[str]:
+    """This process's arguments, without where it writes."""
+    kept, skip = [], False
+    for argument in sys.argv[1:]:
+        if not skip and not argument.startswith(("--out=", "--json=")):
+            kept += [] if argument in ("--out", "--json") else [argument]
+        skip = argument in ("--out", "--json")
+    return kept
+
+
 @dataclass
 class Results:
     """One run. Every section is a list of rows, which are plain dictionaries."""
@@ -71,7 +81,7 @@ class Results:
     @classmethod
     def start(cls, device: torch.device, module: str) -> Results:
         """An empty run of ``python -m module`` with this process's arguments."""
-        return cls(machine(device), f"python -m {module} {shlex.join(sys.argv[1:])}".rstrip())
+        return cls(machine(device), f"python -m {module} {shlex.join(_arguments())}".rstrip())
 
     def add(self, section: str, rows: list[dict[str, Any]]) -> None:
         """Appends rows to a section."""

@@ -157,7 +157,7 @@ def clocks(device: torch.device) -> dict[str, str]:
     )
     uuid = getattr(torch.cuda.get_device_properties(device), "uuid", None)
     command = ["nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader"]
-    if uuid is not None:
+    if uuid is not None and torch.cuda.device_count() > 1:
         command.append(f"--id=GPU-{uuid}")
     try:
         out = subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout

@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from bench.results import CACHE
 from cce_ext import linear_cross_entropy
-from examples.demo import train
+from examples.demo import MIN_STEPS, train
 from examples.model import LanguageModel
 from examples.text import read_tree, unigram_entropy
 
@@ -98,11 +98,12 @@ def make_head(
     vocab: int = 32768,
     limit: int = 12_000_000,
     count: int = 8192,
+    least: int = MIN_STEPS,
     path: Path | None = None,
     seed: int = 0,
 ) -> TrainedHead:
-    """Trains for ``seconds`` on up to ``limit`` characters of each root of sources, and keeps
-    ``count`` hidden states, at ``path`` if given."""
+    """Trains for ``seconds``, at least ``least`` steps, on up to ``limit`` characters of each root of
+    sources; keeps ``count`` hidden states, at ``path`` if given."""
     training, held_out, size = tokenize(read_machine(limit), vocab)
     gpu = device.type == "cuda"
     width, depth, length, batch = (512, 6, 256, 64) if gpu else (128, 2, 128, 8)
@@ -113,7 +114,7 @@ def make_head(
         f"counts {unigram_entropy(training, size):.2f} nats; width {width}, {depth} layers"
     )
     rate = 1.5e-3 if gpu else 4e-3
-    run = train(model, training, seconds, seed, device, batch, length, rate)
+    run = train(model, training, seconds, seed, device, batch, length, rate, least)
     model.eval()
     head = harvest(model, held_out, count, length, device)
     loss = linear_cross_entropy(head.e, head.c, head.targets).item()
@@ -126,26 +127,20 @@ def make_head(
 
 
 def load_head(path: Path) -> TrainedHead:
-    """A head that was kept: a file of this module, or a folder with head_e.npy (N, D), head_c*.npy (V,
-    D) in parts, both bfloat16 as int16 bit patterns, and head_t.npy (N,).
+    """A head that was kept: a file of this module, or a folder as bench/stored_head.py describes.
 
     Raises:
         FileNotFoundError: there is none.
     """
     if path.is_file():
         return TrainedHead(**torch.load(path, map_location="cpu", weights_only=True))
-    parts = sorted(path.glob("head_c*.npy"))
-    if not parts:
+    if not (path / "head_t.npy").is_file():
         raise FileNotFoundError(
             f"no trained head at {path}: `python -m bench.trained_head` makes one in a few minutes"
         )
-    import numpy as np
+    from bench.stored_head import load_head as load_folder  # needs NumPy
 
-    def bits(file: Path) -> Tensor:
-        return torch.from_numpy(np.load(file)).view(torch.bfloat16)
-
-    targets = torch.from_numpy(np.load(path / "head_t.npy")).long()
-    return TrainedHead(bits(path / "head_e.npy"), torch.cat([bits(p) for p in parts]), targets)
+    return TrainedHead(*load_folder(path))
 
 
 def main() -> None:

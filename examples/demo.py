@@ -51,8 +51,9 @@ def train(
     batch: int = BATCH,
     length: int = LENGTH,
     rate: float = 4e-3,
+    least: int = MIN_STEPS,
 ) -> Training:
-    """AdamW for ``seconds`` and at least MIN_STEPS on windows (batch, length) of a text; the batches
+    """AdamW for ``seconds`` and ``least`` steps at least on windows (batch, length) of a text; the batches
     depend on the seed alone."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=1.0, betas=(0.9, 0.98), weight_decay=0.01)
     generator = torch.Generator().manual_seed(seed)
@@ -60,7 +61,7 @@ def train(
     start, shown = time.monotonic(), 0.0
     form = "{desc} {percentage:3.0f}% |{bar}| {n:.0f}/{total:.0f} s{postfix}"
     with tqdm(total=seconds, desc="training", bar_format=form) as bar:
-        while len(losses) < MIN_STEPS or time.monotonic() - start < seconds:
+        while len(losses) < least or time.monotonic() - start < seconds:
             inputs = sample_batch(tokens, batch, length, generator).to(device)
             for group in optimizer.param_groups:
                 group["lr"] = rate * learning_rate(len(losses))

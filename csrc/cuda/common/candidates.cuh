@@ -11,51 +11,60 @@ namespace cce::cuda {
 template <int kWarps, int kEntries>
 struct CandidateBuffers {
   uint2 entries[kWarps][kEntries];
-  int count[kWarps];  // of entries offered; those beyond kEntries went to the pool one by one
+  int count[kWarps];
 };
 
 // A warp's buffer and the pool of the row block that it works on. Addresses are made where they are needed: registers are for
-// the accumulators.
-template <int kWarps, int kEntries>
+// the accumulators. A thread's columns are looked at in kSections sections; a vote passes over those without any.
+template <int kWarps, int kEntries, int kSectionCount>
 struct CandidateSink {
+  static constexpr int kSections = kSectionCount;
   CandidateBuffers<kWarps, kEntries>& buffers;
   int warp;
   const Candidates& to;
   int row_block;
 
-  // One entry; any lanes of the warp.
-  __device__ __forceinline__ void put(uint32_t key, float logit) const {
-    const uint2 entry = make_uint2(key, __float_as_uint(logit));
-    const int at = atomicAdd(buffers.count + warp, 1);
-    if (at < kEntries)
-      buffers.entries[warp][at] = entry;
-    else
-      put_into_pool(atomicAdd(to.counts + row_block, 1), entry);
+  // Room for `mine` entries of each lane, kMost at most. All lanes of the warp take part; no atomic unless the buffer is
+  // full. A lane with more than its share of the buffer, all but every column that it has, makes the block overflow.
+  template <int kMost>
+  __device__ __forceinline__ uint2* reserve(int& mine) const {
+    constexpr int kShare = kEntries / 32;
+    if (kMost > kShare && mine > kShare) {
+      atomicMax(to.counts + row_block, static_cast<int>(to.capacity) + 1);
+      mine = 0;
+    }
+    const int lane = threadIdx.x % 32;
+    int until = mine;  // of the lanes up to this one
+#pragma unroll
+    for (int d = 1; d < 32; d *= 2) {
+      const int before = __shfl_up_sync(~0u, until, d);
+      if (lane >= d) until += before;
+    }
+    const int total = __shfl_sync(~0u, until, 31);
+    __syncwarp();
+    if (buffers.count[warp] + total > kEntries) flush();
+    const int at = buffers.count[warp] + until - mine;
+    __syncwarp();
+    if (lane == 31) buffers.count[warp] = at + mine;
+    return buffers.entries[warp] + at;
   }
 
   // Empties the buffer; all lanes of the warp.
   __device__ __forceinline__ void flush() const {
     __syncwarp();
-    const int offered = buffers.count[warp], held = offered < kEntries ? offered : kEntries;
+    const int held = buffers.count[warp];
     if (held == 0) return;
     const int lane = threadIdx.x % 32;
     int first = 0;
     if (lane == 0) first = atomicAdd(to.counts + row_block, held);
     first = __shfl_sync(~0u, first, 0);
-    for (int i = lane; i < held; i += 32) put_into_pool(first + i, buffers.entries[warp][i]);
+    for (int i = lane; i < held; i += 32) {
+      if (first + i < to.capacity)
+        to.pool[row_block * to.capacity + first + i] = buffers.entries[warp][i];
+    }
     __syncwarp();
     if (lane == 0) buffers.count[warp] = 0;
     __syncwarp();
-  }
-  // The same where more than half is used.
-  __device__ __forceinline__ void make_room() const {
-    __syncwarp();
-    if (buffers.count[warp] > kEntries / 2) flush();
-  }
-
- private:
-  __device__ __forceinline__ void put_into_pool(int place, uint2 entry) const {
-    if (place < to.capacity) to.pool[row_block * to.capacity + place] = entry;
   }
 };
 

@@ -180,27 +180,29 @@ __device__ __forceinline__ void emit_candidates(const float (&acc)[kElements], i
                                                 float cut, float to_logit, int first_col, int row,
                                                 const Sink& sink) {
   if (!__any_sync(~0u, top >= cut)) return;
-  constexpr int kSections = 4, kPairs = kElements / 4 / kSections;
+  constexpr int kSections = Sink::kSections, kPairs = kElements / 4 / kSections;
   static_assert(kElements % (4 * kSections) == 0);
   const uint32_t key =
       static_cast<uint32_t>(row) << kCandidateIdBits | static_cast<uint32_t>(first_col);
 #pragma unroll
   for (int s = 0; s < kSections; ++s) {
-    bool mine = false;
+    int mine = 0;
 #pragma unroll
     for (int j = s * kPairs; j < (s + 1) * kPairs; ++j)
-      mine |= acc[4 * j + 2 * h] >= cut || acc[4 * j + 2 * h + 1] >= cut;
-    if (!__any_sync(~0u, mine)) continue;
+      mine += (acc[4 * j + 2 * h] >= cut ? 1 : 0) + (acc[4 * j + 2 * h + 1] >= cut ? 1 : 0);
+    if (!__any_sync(~0u, mine != 0)) continue;
+    uint2* place = sink.template reserve<2 * kPairs>(mine);
+    if (mine == 0) continue;
 #pragma unroll
     for (int j = s * kPairs; j < (s + 1) * kPairs; ++j) {
 #pragma unroll
       for (int e = 0; e < 2; ++e) {
         const float x = acc[4 * j + 2 * h + e];
-        if (x >= cut) sink.put(key + Columns::at(j) + e, x * to_logit);
+        if (x >= cut)
+          *place++ = make_uint2(key + Columns::at(j) + e, __float_as_uint(x * to_logit));
       }
     }
   }
-  sink.make_room();
 }
 
 // Lowest column at which this thread's row equals `value`, or INT_MAX.

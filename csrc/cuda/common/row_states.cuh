@@ -46,53 +46,49 @@ __device__ __forceinline__ void set_cut(RowStates<kGroups, kBlockM>& s, int row,
       position < count ? __ldg(want.bound2 + row_order[position]) + want.log2_eps : INFINITY;
 }
 
-// Folds the rows (r, r + 8) of a tile (already masked) into the states. scale: base-2 logits are scale * acc; sink: where
-// candidates go in training.
+// Folds a row of a tile (already masked) into its state. h: which row of the pair; scale: base-2 logits are scale * acc;
+// sink: where candidates go in training.
 template <bool kGeneral, bool kTraining, typename Columns, int kElements, int kGroups, int kBlockM,
           typename Sink>
-__device__ __forceinline__ void fold_rows(const float (&acc)[kElements],
-                                          RowStates<kGroups, kBlockM>& s, int group, int row,
-                                          float scale, int launch_col, int first_col,
-                                          const LogitParams& p, const Partials& want,
-                                          float log2_eps, const Sink& sink) {
-#pragma unroll
-  for (int h = 0; h < 2; ++h) {
-    const int r = row + 8 * h;
-    const float old = s.max[group][r];
-    __syncwarp();  // the whole quad has read it before one lane writes it
-    const float top = quad_max(thread_max(acc, h));
-    const RowState tile{top * scale, 0.0f};
-    const float max = fmaxf(old, tile.max), reference = finite_reference(max);
-    RowSums part;
-    bool more = false;
-    if constexpr (kGeneral) more = want.logit_sum || want.weighted || want.capped;
-    if (more)
-      part = thread_sums<Columns>(acc, h, reference, p.inv_softcap, first_col, p.cols);
-    else
-      part.sum = thread_sum_exp2(acc, h, scale, reference);
-    const float sum = quad_sum(part.sum), rescale = ptx::ex2(old - reference);
-    const bool writer = threadIdx.x % 4 == 0;
-    if (more) {
-      const float logit_sum = quad_sum(part.logits), weighted = quad_sum(part.weighted);
-      const float capped = quad_sum(part.capped);
-      const int at = want.weighted ? quad_min(thread_find<Columns>(acc, h, first_col, top)) : 0;
-      if (writer) {
-        s.logit_sum[group][r] += logit_sum;
-        s.weighted[group][r] = s.weighted[group][r] * rescale + weighted;
-        s.capped[group][r] = s.capped[group][r] * rescale + capped;
-        if (tile.max > old) s.argmax[group][r] = at;
-      }
-    }
+__device__ __forceinline__ void fold_row(const float (&acc)[kElements], int h,
+                                         RowStates<kGroups, kBlockM>& s, int group, int row,
+                                         float scale, int launch_col, int first_col,
+                                         const LogitParams& p, const Partials& want, float log2_eps,
+                                         const Sink& sink) {
+  const float old = s.max[group][row];
+  __syncwarp();  // the whole quad has read it before one lane writes it
+  const float top = quad_max(thread_max(acc, h));
+  const RowState tile{top * scale, 0.0f};
+  const float max = fmaxf(old, tile.max), reference = finite_reference(max);
+  RowSums part;
+  bool more = false;
+  if constexpr (kGeneral) more = want.logit_sum || want.weighted || want.capped;
+  if (more)
+    part = thread_sums<Columns>(acc, h, reference, p.inv_softcap, first_col, p.cols);
+  else
+    part.sum = thread_sum_exp2(acc, h, scale, reference);
+  const float sum = quad_sum(part.sum), rescale = ptx::ex2(old - reference);
+  const bool writer = threadIdx.x % 4 == 0;
+  if (more) {
+    const float logit_sum = quad_sum(part.logits), weighted = quad_sum(part.weighted);
+    const float capped = quad_sum(part.capped);
+    const int at = want.weighted ? quad_min(thread_find<Columns>(acc, h, first_col, top)) : 0;
     if (writer) {
-      s.max[group][r] = max;
-      s.sum[group][r] = s.sum[group][r] * rescale + sum;
+      s.logit_sum[group][row] += logit_sum;
+      s.weighted[group][row] = s.weighted[group][row] * rescale + weighted;
+      s.capped[group][row] = s.capped[group][row] * rescale + capped;
+      if (tile.max > old) s.argmax[group][row] = at;
     }
-    if constexpr (kTraining) {
-      // What the unit has seen so far is a lower bound of the lse too. Never -inf: absent columns are.
-      const float cut = fmaxf(fmaxf(s.cut[r], max + log2_eps), -FLT_MAX);
-      emit_candidates<Columns>(acc, h, top, cut / scale, scale / kLog2E, launch_col + first_col, r,
-                               sink);
-    }
+  }
+  if (writer) {
+    s.max[group][row] = max;
+    s.sum[group][row] = s.sum[group][row] * rescale + sum;
+  }
+  if constexpr (kTraining) {
+    // What the unit has seen so far is a lower bound of the lse too. Never -inf: absent columns are.
+    const float cut = fmaxf(fmaxf(s.cut[row], max + log2_eps), -FLT_MAX);
+    emit_candidates<Columns>(acc, h, top, cut / scale, scale / kLog2E, launch_col + first_col, row,
+                             sink);
   }
 }
 

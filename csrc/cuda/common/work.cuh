@@ -11,7 +11,7 @@ struct Work {
   Matrix e, c, u, lora_b;
   const int32_t* row_order = nullptr;
   const int32_t* row_count = nullptr;
-  int n = 0;               // rows in the order, ignored ones included
+  int n = 0;  // rows in the order, ignored ones included
   int column_tiles = 0;
   int tiles_per_split = 1;
   int splits = 1;
@@ -25,7 +25,7 @@ struct Cursor {
   int row_blocks;  // with rows that count
   int unit;
   int row_block = 0;
-  int tile = 0, tile_end = 0;  // column tiles of the unit's split
+  int tile = 0;  // column tile
   int slice = 0;
 
   __device__ Cursor(const Work& w, int blocks) : work(w), row_blocks(blocks), unit(blockIdx.x) {
@@ -33,10 +33,15 @@ struct Cursor {
   }
   __device__ bool done() const { return unit >= order().units(); }
   __device__ int split() const { return tile / work.tiles_per_split; }
+  __device__ bool last_of_unit() const {
+    return (tile + 1) % work.tiles_per_split == 0 || tile + 1 == work.column_tiles;
+  }
   // To the next column tile; true when that was the unit's last.
   __device__ bool next_tile() {
     slice = 0;
-    if (++tile < tile_end) return false;
+    const bool last = last_of_unit();
+    ++tile;
+    if (!last) return false;
     unit = next_unit();
     enter();
     return true;
@@ -54,7 +59,6 @@ struct Cursor {
     const Unit u = order().at(unit);
     row_block = u.row_block;
     tile = u.split * work.tiles_per_split;
-    tile_end = min(tile + work.tiles_per_split, work.column_tiles);
   }
 };
 

@@ -4,7 +4,7 @@
 // warps that all load, multiply and run the epilogue; persistent, one block a multiprocessor, no atomics.
 // Epilogue: each warp folds its 64 x 64 part into row states in shared memory that it alone owns (4 column groups x 128
 // rows); at the end of a unit (one row block x one split) the block merges the four groups in fixed order and writes one
-// partial per row. Shared memory: the pipeline, then RowStates, in training also 4 KB of candidates. In training, entries that the sparse
+// partial per row. Shared memory: the pipeline, then RowStates, in training also 6 KB of candidates. In training, entries that the sparse
 // gradient may keep go to the row block's pool in device memory, by way of the warp's candidates in shared memory.
 #pragma once
 
@@ -17,7 +17,7 @@ namespace cce::cuda::sm80 {
 template <typename Config>
 using States = RowStates<Config::kWarpsN, Config::kBlockM>;
 
-constexpr int kBufferedCandidates = 64;  // a warp
+constexpr int kBufferedCandidates = 96;  // a warp: what is left on an A100
 template <typename Config>
 using Buffers = CandidateBuffers<Config::kWarps, kBufferedCandidates>;
 
@@ -59,7 +59,8 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
     mainloop.multiply(acc);
     const int first = at.tile * Config::kBlockN + group * Config::kWarpN + Columns::first();
     const bool ragged = (at.tile + 1) * Config::kBlockN > logits.cols;
-    const CandidateSink<Config::kWarps, kBufferedCandidates> sink{buffers, warp, candidates, at.row_block};
+    const CandidateSink<Config::kWarps, kBufferedCandidates, 16> sink{buffers, warp, candidates,
+                                                                      at.row_block};
 #pragma unroll
     for (int m = 0; m < Config::kMmaM; ++m) {
       if constexpr (kGeneral) {
@@ -67,9 +68,12 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
       } else if (ragged) {
         mask_columns<Columns>(acc[m], first, logits.cols, -INFINITY);
       }
-      fold_rows<kGeneral, kTraining, Columns>(acc[m], states, group, warp_row + 16 * m, scale,
-                                              first_col, first, logits, out, candidates.log2_eps,
-                                              sink);
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        fold_row<kGeneral, kTraining, Columns>(acc[m], h, states, group, warp_row + 16 * m + 8 * h,
+                                               scale, first_col, first, logits, out,
+                                               candidates.log2_eps, sink);
+      }
     }
     const int row_block = at.row_block;
     const int64_t split = at.split();

@@ -12,11 +12,10 @@ cudaError_t run(const BackwardParams& p, cudaStream_t stream) {
   Maps maps = {};
   const cudaError_t error = make_maps(p.head, Config::kBlockM, Config::kBlockN, &maps);
   if (error != cudaSuccess) return error;
-  return launch<Config>(
-      backward_mainloop<T, kEpilogue>, backward_shared_bytes(), work, stream, maps,
-      LogitParams(p.head.options, p.head.bias, p.head.c.rows), p.rows,
-      static_cast<int>(p.head.first_col),
-      DlogitsOut<T>{static_cast<T*>(p.dlogits), p.ld_dlogits, false, p.tail_eps});
+  return launch<Config>(backward_mainloop<T, kEpilogue>, backward_shared_bytes(), work, stream,
+                        maps, LogitParams(p.head.options, p.head.bias, p.head.c.rows), p.rows,
+                        static_cast<int>(p.head.first_col),
+                        DlogitsOut<T>{static_cast<T*>(p.dlogits), p.ld_dlogits, false, p.tail_eps});
 }
 
 template <typename T>

@@ -12,9 +12,7 @@
 
 namespace cce::cuda::sm90 {
 
-constexpr int backward_shared_bytes() {
-  return Config::kAlignment + Config::kPipelineBytes + Config::kBarrierBytes;
-}
+constexpr int backward_shared_bytes() { return Config::kPipelineBytes + Config::kBarrierBytes; }
 
 // Lane q of a quad gives column pair q of four groups of eight columns, and gets all pairs of group q.
 __device__ __forceinline__ uint4 trade_columns(const uint32_t (&x)[4]) {
@@ -59,7 +57,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
     backward_mainloop(const __grid_constant__ Work work, const __grid_constant__ Maps maps,
                       const __grid_constant__ LogitParams logits, const RowGradient* records,
                       int first_col, const __grid_constant__ DlogitsOut<T> out) {
-  extern __shared__ uint8_t raw[];
+  extern __shared__ __align__(Config::kAlignment) uint8_t shared[];
   const int count = __ldg(work.row_count);
   clear_ignored_rows(work, count, out.dlogits, out.ld);
   const float scale = logits.logit_scale * kLog2E;
@@ -88,8 +86,8 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
     }
   };
   run_block<T>(
-      work, maps, aligned_shared(raw), count, kEpilogue == Epilogue::kPlain ? nullptr : logits.bias,
-      [] {}, epilogue);
+      work, maps, shared, count, kEpilogue == Epilogue::kPlain ? nullptr : logits.bias, [] {},
+      epilogue);
 }
 
 }  // namespace cce::cuda::sm90

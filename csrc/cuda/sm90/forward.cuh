@@ -1,9 +1,9 @@
 // The sm_90 forward: long-K product fused with the streaming logsumexp.
 //
 // Tile 128 x 192 x 64, 5 stages, warp roles and barriers: sm90/mainloop.cuh. Shared memory: the pipeline and its barriers,
-// then RowStates of 128 rows, in training also 8 KB of candidates of four warps. Epilogue: a warp owns 32 rows of each tile, the same ones in both warpgroups, and folds them
+// then RowStates of 128 rows, in training also 23 KB of candidates of four warps. Epilogue: a warp owns 32 rows of each tile, the same ones in both warpgroups, and folds them
 // into the states, whose turn the named barriers pass on; so a unit's tiles are added in order, and at its end the
-// warpgroup that had the last tile writes one partial a row and clears the states. The two halves of the accumulators go
+// warpgroup that had the last tile writes one partial a row and clears the states. The halves of the accumulators go
 // through one copy of the code. In training, entries that the sparse gradient may keep go to the row block's pool in device
 // memory, by way of the warp's candidates in shared memory.
 #pragma once
@@ -15,7 +15,7 @@ namespace cce::cuda::sm90 {
 
 using States = RowStates<1, Config::kBlockM>;
 
-constexpr int kBufferedCandidates = 256;  // a warp
+constexpr int kBufferedCandidates = 744;  // a warp: what is left of the shared memory
 using Buffers = CandidateBuffers<4, kBufferedCandidates>;
 
 constexpr int kStatesAt = Config::kPipelineBytes + Config::kBarrierBytes;
@@ -23,7 +23,7 @@ constexpr int kBuffersAt = kStatesAt + sizeof(States);
 static_assert(kStatesAt % 16 == 0 && kBuffersAt % 16 == 0);
 
 constexpr int forward_shared_bytes(bool training) {
-  return Config::kAlignment + kBuffersAt + (training ? sizeof(Buffers) : 0);
+  return kBuffersAt + (training ? sizeof(Buffers) : 0);
 }
 
 // kGeneral: logits with bias, softcap or any scale, label smoothing, metrics. kTraining: look for candidates.
@@ -33,8 +33,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
                      const __grid_constant__ LogitParams logits,
                      const __grid_constant__ Partials out,
                      const __grid_constant__ Candidates candidates, int64_t ld, int first_col) {
-  extern __shared__ uint8_t raw[];
-  uint8_t* shared = aligned_shared(raw);
+  extern __shared__ __align__(Config::kAlignment) uint8_t shared[];
   auto& states = *reinterpret_cast<States*>(shared + kStatesAt);
   auto& buffers = *reinterpret_cast<Buffers*>(shared + kBuffersAt);  // training alone
   const int count = __ldg(work.row_count);
@@ -55,7 +54,8 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
   const auto epilogue = [&](float (&acc)[Config::kMmaM][Config::kAccumulators], const Cursor& at) {
     const int first = at.tile * Config::kBlockN + PairedColumns::first();
     const bool ragged = (at.tile + 1) * Config::kBlockN > logits.cols;
-    const CandidateSink<4, kBufferedCandidates> sink{buffers, static_cast<int>(threadIdx.x) % 128 / 32, candidates, at.row_block};
+    const CandidateSink<4, kBufferedCandidates, 2> sink{
+        buffers, static_cast<int>(threadIdx.x) % 128 / 32, candidates, at.row_block};
 #pragma unroll 1
     for (int m = 0; m < Config::kMmaM; ++m) {
       if constexpr (kGeneral) {
@@ -63,13 +63,16 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
       } else if (ragged) {
         mask_columns<PairedColumns>(acc[0], first, logits.cols, -INFINITY);
       }
-      fold_rows<kGeneral, kTraining, PairedColumns>(acc[0], states, 0, warp_row + 64 * m, scale,
-                                                    first_col, first, logits, out,
-                                                    candidates.log2_eps, sink);
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        fold_row<kGeneral, kTraining, PairedColumns>(acc[0], h, states, 0,
+                                                     warp_row + 64 * m + 8 * h, scale, first_col,
+                                                     first, logits, out, candidates.log2_eps, sink);
+      }
 #pragma unroll
       for (int i = 0; i < Config::kAccumulators; ++i) acc[0][i] = acc[1][i];
     }
-    if (at.tile + 1 < at.tile_end) return;
+    if (!at.last_of_unit()) return;
     if constexpr (kTraining) sink.flush();
     // Each row's quad has just written its state: its first lane goes on with it.
     __syncwarp();

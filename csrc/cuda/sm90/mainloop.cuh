@@ -70,12 +70,6 @@ struct Pipeline {
   __device__ __forceinline__ uint32_t b(int stage) const { return a(stage) + Config::kBytesA; }
 };
 
-// The first aligned byte of the block's dynamic shared memory.
-__device__ __forceinline__ uint8_t* aligned_shared(uint8_t* shared) {
-  const uint32_t at = ptx::shared_address(shared);
-  return shared + (-at & (Config::kAlignment - 1));
-}
-
 // One thread, before anybody uses the barriers; the block then synchronises.
 __device__ __forceinline__ void init_barriers(const Pipeline& pipe, bool gather) {
   for (int s = 0; s < Config::kStages; ++s) {

@@ -95,7 +95,8 @@ __global__ void __launch_bounds__(kThreads) write_kernel(const __grid_constant__
   if (p.exact[blockIdx.x]) return;
   if (threadIdx.x == 0) used = 0;
   load_rows(p, rows, hopeless);
-  const int64_t first = p.first[blockIdx.x * kKeepParts + blockIdx.y], block = static_cast<int64_t>(blockIdx.x) * kRows;
+  const int64_t first = p.first[blockIdx.x * kKeepParts + blockIdx.y],
+                block = static_cast<int64_t>(blockIdx.x) * kRows;
   const auto write = [&](int row, int id, float logit) {
     const int64_t at = first + atomicAdd(&used, 1);
     const int64_t hot = p.slots[id] >= 0;
@@ -108,7 +109,8 @@ __global__ void __launch_bounds__(kThreads) write_kernel(const __grid_constant__
     if (e.keep) write(e.row, e.id, e.logit);
   }
   const int i = threadIdx.x;
-  if (has_targets() && i < kRows && rows.target[i] >= 0) write(i, rows.target[i], rows.target_logit[i]);
+  if (has_targets() && i < kRows && rows.target[i] >= 0)
+    write(i, rows.target[i], rows.target_logit[i]);
 }
 
 dim3 grid(const KeepParams& p) {
