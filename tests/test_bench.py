@@ -9,7 +9,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
+from bench import sparse_gradients
+from bench.llm_data import llm_like
 from bench.timing import KINDS
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -83,3 +86,45 @@ def test_quick_vocab_parallel_benchmark(tmp_path: Path) -> None:
         update = rank if row["head"] == "lora" else 0
         floor = 4 * (n * d + 2 * n + update * d)
         assert floor <= 1e6 * row["received_mb"] <= floor + 1000
+
+
+@pytest.mark.slow
+def test_quick_training_curves(tmp_path: Path) -> None:
+    pytest.importorskip("tqdm")
+    pytest.importorskip("matplotlib")
+    out, picture = tmp_path / "curves.json", tmp_path / "curves.png"
+    result = subprocess.run(
+        [
+            sys.executable, "-m", "bench.training_curves", "--quick", "--device", "cpu",
+            "--json", str(out), "--plot", str(picture),
+        ],
+        cwd=ROOT, capture_output=True, text=True, check=False, timeout=300,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    facts = json.loads(out.read_text())
+    assert picture.stat().st_size > 1000
+    assert facts["sparse_share"] > 0
+    for name in ("default", "exact", "eager"):
+        (run,) = facts["runs"][name]
+        curve = list(run["held_out"].values())
+        assert curve[-1] < curve[0] - 0.5, name
+    assert facts["gaps"]["exact"] == [0.0]
+    # The default's gradient is another one, and hardly worse.
+    assert 0 < abs(facts["gaps"]["default"][0]) <= 0.003
+
+
+def test_accuracy_of_gradients(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """The table of bench.sparse_gradients, on a CPU, where every threshold gives the same."""
+    monkeypatch.setattr(sparse_gradients, "ROWS", (1, 32))
+    monkeypatch.setattr(sparse_gradients, "EXPONENTS", (13,))
+    head = llm_like(32, 3000, 64, torch.bfloat16, "cpu")
+    rows = sparse_gradients.accuracy(*head, "made head")
+    ours = [r for r in rows if r["method"] in ("exact", "2^-13")]
+    assert len({r["head"] for r in rows}) == 5
+    for exact, filtered in zip(ours[::2], ours[1::2], strict=True):
+        assert exact["dE"] == filtered["dE"] < 2e-2
+        assert exact["dC"] == filtered["dC"] < 2e-2
+    sparse_gradients.show_accuracy(rows)
+    assert capsys.readouterr().out.count("at most eager's error") == 10

@@ -201,8 +201,8 @@ def test_extreme_biases() -> None:
     bias = torch.zeros(v)
     bias[torch.rand(v, generator=g) < 0.5] = -1e4
     bias[torch.randint(v, (50,), generator=g)] += 20.0
-    bias[4096:8192] = -torch.inf  # a whole group
-    bias[16384:] = -torch.inf  # the last, ragged one
+    bias[tail.GROUP : 2 * tail.GROUP] = -torch.inf  # a whole group
+    bias[v // tail.GROUP * tail.GROUP :] = -torch.inf  # the last, ragged one
     problem.targets[bias[problem.targets] == -torch.inf] = -100
     problem.bias = bias
     found = problem.sparse()

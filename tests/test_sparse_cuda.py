@@ -180,6 +180,28 @@ def test_flat_calls_go_the_exact_way(kind: str) -> None:
         assert torch.isfinite(x).all()
 
 
+@pytest.mark.parametrize("v", [20001, 20003])
+def test_flat_calls_with_a_ragged_vocabulary(v: int) -> None:
+    """The last columns of the exact rows' logit gradients are no multiple of 16 bytes."""
+    problem = Problem(300, v, 128, bias=True, softcap=2.0)
+    got = problem.gradients()
+    assert diagnostics()["exact_rows"] == 300
+    expected = problem.reference()
+    assert error(got["e"], expected.de) < 6e-3
+    assert error(got["c"], expected.dc) < 6e-3
+
+
+def test_a_nan_upstream_makes_the_call_exact() -> None:
+    problem = Problem(300, 20000, 128)
+    problem.dnll[5] = torch.nan
+    got = problem.gradients()
+    assert diagnostics()["exact_rows"] == 300
+    others = torch.arange(300, device="cuda") != 5
+    assert torch.isnan(got["e"][5]).all()
+    assert error(got["e"][others], problem.reference().de[others]) < 4e-3
+    assert torch.isnan(got["c"]).all()
+
+
 def test_what_may_be_sparse() -> None:
     problem = Problem(500, 20000, 256, bias=True, rank=8)
     both, rows_only = problem.gradients(), problem.gradients(c_grad=False)

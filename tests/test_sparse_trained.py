@@ -1,5 +1,5 @@
 """How good the sparse gradient is on a head that was really trained (bench/stored_head.py says where
-it comes from): its reference in float32, before any rounding to 16 bit."""
+it is looked for): its reference in float32, before any rounding to 16 bit."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from bench.stored_head import HELP, find_head, load_head
+from bench.stored_head import HELP, find_head
+from bench.trained_head import load_head
 from cce_ext.options import LossOptions
 from cce_ext.sparse.reference import SparseGradients
 from tests.sparse_problem import EPS, Problem, error
