@@ -11,7 +11,7 @@ from torch import Tensor
 from cce_ext import diagnostics
 from cce_ext.cuda_backward import exact_backward, readable
 from cce_ext.options import LossOptions
-from cce_ext.sparse import tail
+from cce_ext.sparse import history, tail
 from cce_ext.sparse.forward import Lists
 
 # Bytes of a chunk of the sampled rows' tails.
@@ -116,6 +116,15 @@ def _sparse(
     # A NaN goes the exact way, which carries it to where eager's would be.
     exact = (lists.exact_rows | ~(share <= tail.FLAT)) & valid
     diagnostics.record_backward(lists.tally, share, exact)
+    kind = (e.device.index, e.dtype, *c.shape, softcap, logit_scale, eps)
+    flat = history.mostly_exact(kind)
+    history.note(kind, exact.sum() / valid.sum().clamp(min=1))
+    if flat:
+        return exact_backward(
+            d, dlse, e, c, targets, lse, bias, u, lora_b, ignore_index, softcap, logit_scale,
+            label_smoothing, vocab_start, vocab_total, need_e, need_c, need_bias, need_u,
+            need_lora_b,
+        )  # fmt: skip
     a_sparse, d_sparse = torch.where(exact, 0, a), torch.where(exact, 0, d)
 
     # What is there for each gradient: (N, width) or (V, width), and where it starts from.

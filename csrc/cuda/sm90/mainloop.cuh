@@ -8,7 +8,7 @@
 // - Warpgroup 2 loads. Where every row counts, one thread issues tensor copies for both tiles. Where some are ignored, the
 //   rows of A are not neighbours: its 128 threads gather them by cp.async, 16 bytes each, and B still comes by tensor copy.
 // Barrier protocol: full[s] completes when the bytes of the stage are there: one arrival (which names the bytes of the
-// tensor copies), and in gather mode 128 more, each made two slices late, when the thread's own cp.async have landed and are
+// tensor copies), and in gather mode 128 more, each made kLag slices late, when the thread's own cp.async have landed and are
 // ordered before the tensor cores' reads (fence.proxy.async). empty[s] completes by one arrival, of the warpgroup that has
 // multiplied the stage, one slice late, when its products have been waited for. Named barriers: kProductTurn + w lets
 // warpgroup w issue a tile's products, kEpilogueTurn + w lets it touch what both share; each is given by the other.
@@ -104,7 +104,8 @@ template <typename T>
 __device__ __forceinline__ void gather_tiles(const Work& work, const Maps& maps,
                                              const Pipeline& pipe, int row_blocks, int count) {
   constexpr int kPieces = Config::kBlockK / 8, kRowStep = 128 / kPieces;
-  constexpr int kCopies = Config::kBlockM / kRowStep, kLag = 2;
+  constexpr int kCopies = Config::kBlockM / kRowStep;
+  constexpr int kLag = Config::kStages - 2;  // one more, and loads and products would wait for each other
   const int thread = threadIdx.x % 128, piece = thread % kPieces, row = thread / kPieces;
   const uint32_t write = row * 128 + ((piece ^ (row & 7)) << 4);  // rows 16 apart swizzle alike
   Ring ring, landed;
