@@ -40,10 +40,10 @@ def mostly_exact(kind: tuple) -> bool:
 
 
 def note(kind: tuple, share: Tensor) -> None:
-    """Keeps a call's share (a scalar on the device) of rows that went the exact way."""
+    """Keeps a call's share (1,) of rows that went the exact way."""
     if torch.cuda.is_current_stream_capturing():
         return
-    host = torch.empty((), dtype=share.dtype, pin_memory=True)
+    host = torch.empty(1, dtype=share.dtype, pin_memory=True)
     host.copy_(share, non_blocking=True)
     arrived = torch.cuda.Event()
     arrived.record()
