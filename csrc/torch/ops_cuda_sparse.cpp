@@ -239,8 +239,9 @@ Lists keep_lists_cuda(Tensor pool, Tensor counts, Tensor bound2, Tensor row_orde
   place.tally = i64(tally, "tally");
   check_cuda(cuda::place_kept(place, stream), "place_kept");
 
-  // A key: position, one bit for hot ids, id. All ones, larger than any in the bits that are sorted: unused.
-  const int id_bits = bit_length(shard_size), key_bits = id_bits + 1 + bit_length(n);
+  // A key: position, one bit for hot ids, id. All ones: unused; larger than any other in the bits that are sorted, because
+  // no id is all ones.
+  const int id_bits = bit_length(shard_size), key_bits = id_bits + 1 + bit_length(n - 1);
   const auto [hot_ids, slots] = choose_hot(column_counts, n, hot, stream);
   const Tensor unsorted_keys = empty(lse, {capacity}, ScalarType::Long);
   const Tensor unsorted_logits = zeros(lse, {capacity}, ScalarType::Float);
