@@ -55,6 +55,7 @@ def backward(
     u: Tensor | None,
     lora_b: Tensor | None,
     lists: list[Tensor],
+    dropped_share: Tensor | None,
     ignore_index: int,
     softcap: float,
     logit_scale: float,
@@ -72,14 +73,15 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The CUDA kernel of ``cce::sparse_ce_backward``; arguments and results as
     ``linear_ce_backward``'s, with the forward's lists, the threshold, and which gradients may be
-    sparse: e_grad for those by rows (e, u), c_grad for those by columns (c, bias, lora_b)."""
+    sparse: e_grad for those by rows (e, u), c_grad for those by columns (c, bias, lora_b).
+    dropped_share: that of all shards, a scalar on the device; None: there is one."""
     place = (ignore_index, softcap, logit_scale, label_smoothing, vocab_start, vocab_total)
     inputs = (e, c, targets, lse, bias, u, lora_b)
     needs = (need_e, need_c, need_bias, need_u, need_lora_b)
     sparse = (e_grad, c_grad, c_grad, e_grad, c_grad)
     filtered = [need and may for need, may in zip(needs, sparse, strict=True)]
     exact = [need and not may for need, may in zip(needs, sparse, strict=True)]
-    results = _sparse(dnll, dlse, *inputs, Lists(*lists), *place, eps, *filtered)
+    results = _sparse(dnll, dlse, *inputs, Lists(*lists), dropped_share, *place, eps, *filtered)
     if any(exact):
         others = exact_backward(dnll, dlse, *inputs, *place, *exact)
         results = tuple(o if x else r for r, o, x in zip(results, others, exact, strict=True))
@@ -87,8 +89,9 @@ def backward(
 
 
 def _sparse(
-    dnll, dlse, e, c, targets, lse, bias, u, lora_b, lists, ignore_index, softcap, logit_scale,
-    label_smoothing, vocab_start, vocab_total, eps, need_e, need_c, need_bias, need_u, need_lora_b,
+    dnll, dlse, e, c, targets, lse, bias, u, lora_b, lists, share, ignore_index, softcap,
+    logit_scale, label_smoothing, vocab_start, vocab_total, eps, need_e, need_c, need_bias, need_u,
+    need_lora_b,
 ):  # fmt: skip
     targets = targets.long().contiguous()
     call = _Call(
@@ -104,15 +107,10 @@ def _sparse(
         eps,
     )
     valid = targets != ignore_index
-
-    def upstream(t: Tensor | None) -> Tensor:
-        return torch.zeros_like(lse) if t is None else torch.where(valid, t.float(), 0)
-
-    d = upstream(dnll)
-    dlse = None if dlse is None else upstream(dlse)
-    a = d if dlse is None else d + dlse
+    d, dlse, a = _upstream(dnll, dlse, valid)
     row_mass = lists.mass.sum(1)
-    share = tail.dropped_share(torch.where(lists.exact_rows, 0, a), row_mass)
+    if share is None:
+        share = tail.dropped_share(a, row_mass, lists.exact_rows)
     # A NaN goes the exact way, which carries it to where eager's would be.
     exact = (lists.exact_rows | ~(share <= tail.FLAT)) & valid
     diagnostics.record_backward(lists.tally, share, exact)
@@ -157,6 +155,37 @@ def _sparse(
         else r.to(t.dtype)
         for r, t in zip(results, (e, c, bias, u, lora_b), strict=True)
     )
+
+
+def _upstream(
+    dnll: Tensor | None, dlse: Tensor | None, valid: Tensor
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """dnll and dlse (N,) as the kernels read them, 0 at rows that do not count, and their sum."""
+
+    def on_valid(t: Tensor | None) -> Tensor:
+        return (
+            valid.new_zeros(valid.shape, dtype=torch.float32)
+            if t is None
+            else torch.where(valid, t.float(), 0)
+        )
+
+    d = on_valid(dnll)
+    dlse = None if dlse is None else on_valid(dlse)
+    return d, dlse, d if dlse is None else d + dlse
+
+
+def shard_share(
+    dnll: Tensor | None,
+    dlse: Tensor | None,
+    targets: Tensor,
+    lists: list[Tensor],
+    ignore_index: int,
+) -> Tensor:
+    """What a shard drops of the probability mass, a scalar; the sum over the shards is what their
+    backwards want to know."""
+    _, _, a = _upstream(dnll, dlse, targets != ignore_index)
+    listed = Lists(*lists)
+    return tail.dropped_share(a, listed.mass.sum(1), listed.exact_rows)
 
 
 def _spread(call: _Call, lists: Lists, a: Tensor, d: Tensor, row_mass: Tensor) -> tail.Spread:

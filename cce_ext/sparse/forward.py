@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from cce_ext.cuda_backward import readable
+from cce_ext.reference import RowStatistics
 from cce_ext.sparse import tail
 from cce_ext.sparse.reference import sampled_columns
 
@@ -21,7 +22,7 @@ from cce_ext.sparse.reference import sampled_columns
 _SAMPLED_TARGETS = 1024
 # Rows whose sampled logits are in memory at a time.
 _BOUND_ROWS = 4096
-_ROW_BLOCK = 128
+ROW_BLOCK = 128
 #: ids whose kept entries are multiplied as a dense matrix: on trained heads they have 60 % of all
 HOT_IDS = 1024
 
@@ -57,13 +58,31 @@ def candidate_capacity(n: int, v: int, eps: float) -> int:
     """Candidates that a block of 128 rows can hold: 1024 a row at 2⁻¹³ (trained heads have 250 to
     450, in their worst blocks 920), more where there are few rows."""
     a_row = max(2**23 // max(n, 1), math.ceil(1024 * _growth(eps)))
-    return min(v, a_row) * min(n, _ROW_BLOCK)
+    return min(v, a_row) * min(n, ROW_BLOCK)
 
 
 def kept_capacity(n: int, v: int, eps: float) -> int:
     """Entries that the lists can hold, targets included: 320 a row at 2⁻¹³ (trained heads keep 110
     to 190), more where there are few rows."""
     return min(n * v, math.ceil(max(n * 320, 2**20) * _growth(eps))) + n
+
+
+class Partials(NamedTuple):
+    """What each split of the vocabulary knows of the rows, by position in the row order: the mass
+    of its entries once the lse is known."""
+
+    order: Tensor  # (N,) int32: row numbers, those that count first
+    count: Tensor  # (1,) int32: how many count
+    max_sum: Tensor  # (splits, N, 2): the largest logit (base 2), Σ exp below it
+    capped: Tensor  # (splits, N): the same sum with softcap'; empty without
+
+
+class Candidates(NamedTuple):
+    """Entries that may turn out to be kept. B blocks of 128 rows."""
+
+    bound2: Tensor  # (N,): the lower bound of the lse from which they follow, base 2
+    pool: Tensor  # (B, capacity, 2) int32
+    counts: Tensor  # (B,) int32
 
 
 def lower_bounds(
@@ -80,7 +99,8 @@ def lower_bounds(
     logit_scale: float,
     vocab_start: int,
 ) -> Tensor:
-    """A lower bound (N,) of each row's lse, in base 2; see `reference.sparse_gradients`."""
+    """A lower bound (N,) of each row's lse, in base 2; see `reference.sparse_gradients`. That of a
+    shard's lse is one of the whole vocabulary's."""
     n, v = e.shape[0], c.shape[0]
     strided = sampled_columns(v, e.device)
     size = min(_SAMPLED_TARGETS, n)
@@ -108,6 +128,115 @@ def lower_bounds(
     return torch.cat(parts)
 
 
+def collect(
+    e: Tensor,
+    c: Tensor,
+    targets: Tensor,
+    bias: Tensor | None,
+    u: Tensor | None,
+    lora_b: Tensor | None,
+    ignore_index: int,
+    softcap: float,
+    logit_scale: float,
+    label_smoothing: float,
+    vocab_start: int,
+    vocab_total: int,
+    metrics: bool,
+    eps: float,
+) -> tuple[RowStatistics, Partials, Candidates]:
+    """The pass over the vocabulary: what needs no final lse. Arguments as ``linear_ce_forward``'s."""
+    n, v = e.shape[0], c.shape[0]
+    vocab_total = vocab_total or vocab_start + v
+    targets = targets.long().contiguous()
+    e = readable(e, e.dtype)
+    order, count = torch.ops.cce.row_order(targets, ignore_index)
+    place = (ignore_index, softcap, logit_scale, vocab_start, vocab_total)
+    target_logit = torch.ops.cce.target_logits(e, c, targets, bias, u, lora_b, *place, order, count)
+    bound2 = lower_bounds(
+        e, c, targets, bias, u, lora_b, _own(target_logit, targets, v, vocab_start, vocab_total),
+        order, count, softcap, logit_scale, vocab_start,
+    )  # fmt: skip
+    options = (ignore_index, softcap, logit_scale, label_smoothing, vocab_start, vocab_total)
+    nll, lse, *others, max_sum, capped, pool, counts = torch.ops.cce.training_forward(
+        e, c, targets, bias, u, lora_b, *options, metrics, order, count, target_logit, bound2, eps,
+        candidate_capacity(n, v, eps),
+    )  # fmt: skip
+    rows = RowStatistics(nll, lse, target_logit, *others)
+    return rows, Partials(order, count, max_sum, capped), Candidates(bound2, pool, counts)
+
+
+def _own(target_logit: Tensor, targets: Tensor, v: int, start: int, total: int) -> Tensor:
+    """Target logits (N,), -inf instead of 0 for targets of other shards, which bound nothing."""
+    if v == total:
+        return target_logit
+    here = (targets >= start) & (targets < start + v)
+    return torch.where(here, target_logit, -torch.inf)
+
+
+def make_lists(
+    candidates: Candidates,
+    partials: Partials,
+    lse: Tensor,
+    target_logit: Tensor,
+    targets: Tensor,
+    ignore_index: int,
+    softcap: float,
+    shard: tuple[int, int, int],
+    eps: float,
+) -> Lists:
+    """Kept entries by row and by column, and the mass of the others, by the final lse (N,).
+
+    shard: its ids, the first of them, ids in all (0: this shard is the whole).
+    """
+    v, start, total = shard
+    bound2, pool, counts = candidates
+    order, count, max_sum, capped = partials
+    targets = targets.long().contiguous()
+    n, device = targets.shape[0], targets.device
+    place = (ignore_index, v, start, total or start + v)
+    pooled = (pool, counts, bound2, order, count, lse, target_logit, targets, eps, *place)
+    kept, exact, column_counts = torch.ops.cce.count_kept(*pooled)  # kept: (row blocks, parts)
+    capacity = kept_capacity(n, v, eps)
+    ends = kept.flatten().cumsum(0).view_as(kept)
+    exact = exact | (ends[:, -1] > capacity).to(torch.uint8)
+    # A key is the row's position, then one bit for hot ids, then the id; all ones, which no entry
+    # has, beyond the last one.
+    id_bits, row_bits = v.bit_length(), n.bit_length() + 1
+    nothing = (1 << (id_bits + row_bits)) - 1
+    hot_ids, slots = _hot_ids(column_counts, n)
+    keys = torch.full((capacity,), nothing, device=device, dtype=torch.int64)
+    logits = torch.zeros(capacity, device=device)
+    torch.ops.cce.write_kept(*pooled, exact, ends - kept, slots, id_bits, keys, logits)
+    tally = torch.stack(
+        [
+            counts.sum(),
+            kept.sum(),
+            (counts > pool.shape[1]).sum(),
+            (count[0].long() + ROW_BLOCK - 1) // ROW_BLOCK,
+        ]
+    )
+    keys, logits = torch.ops.cce.sort_pairs(keys, logits, id_bits + row_bits)
+    starts = torch.arange(2 * n + 1, device=device) << id_bits
+    boundaries = torch.searchsorted(keys, starts, out_int32=True)
+    row_first, row_hot = boundaries[::2].contiguous(), boundaries[1::2].contiguous()
+    ids = (keys & ((1 << id_bits) - 1)).int()
+    rows = order[(keys >> (id_bits + 1)).clamp_(max=n - 1)]
+    numbers = torch.arange(ids.shape[0], device=device, dtype=torch.int32)
+    sorted_ids, by_id = torch.ops.cce.sort_pairs(ids, numbers, id_bits)
+    columns = torch.arange(v + 1, device=device, dtype=torch.int32)
+    column_first = torch.searchsorted(sorted_ids, columns, out_int32=True)
+    mass = torch.ops.cce.dropped_mass(
+        max_sum, capped, row_first, row_hot, ids, logits, order, count, lse, v, softcap
+    )
+    exact_rows = torch.zeros(n, device=device, dtype=torch.bool)
+    exact_rows[order.long()] = exact.bool().repeat_interleave(ROW_BLOCK)[:n]
+    exact_rows &= targets != ignore_index
+    return Lists(
+        rows, ids, logits, by_id, row_first, row_hot, column_first, hot_ids, slots, mass, exact_rows,
+        order, tally,
+    )  # fmt: skip
+
+
 def forward(
     e: Tensor,
     c: Tensor,
@@ -126,119 +255,13 @@ def forward(
 ) -> tuple[Tensor, ...]:
     """The CUDA kernel of ``cce::sparse_ce_forward``: the seven results of ``linear_ce_forward``,
     then the fields of `Lists`."""
-    v = c.shape[0]
-    vocab_total = vocab_total or vocab_start + v
-    targets = targets.long().contiguous()
-    e = readable(e, e.dtype)
-    order, count = torch.ops.cce.row_order(targets, ignore_index)
-    place = (ignore_index, softcap, logit_scale, vocab_start, vocab_total)
-    target_logit = torch.ops.cce.target_logits(e, c, targets, bias, u, lora_b, *place, order, count)
-    bound2 = lower_bounds(
-        e, c, targets, bias, u, lora_b, target_logit, order, count, softcap, logit_scale, vocab_start
-    )  # fmt: skip
     options = (ignore_index, softcap, logit_scale, label_smoothing, vocab_start, vocab_total)
-    rows, found, keys, logits = _collect(
-        (e, c, targets, bias, u, lora_b, *options, metrics, order, count, target_logit, bound2),
-        eps,
-        (ignore_index, v, vocab_start, vocab_total),
-    )
-    keys, logits = torch.ops.cce.sort_pairs(keys, logits, found.id_bits + found.row_bits)
-    lists = _lists(found, keys, logits, order, count, rows.lse, targets, ignore_index, softcap, v)
-    return (rows.nll, rows.lse, target_logit, *rows[2:], *lists)
-
-
-class _Rows(NamedTuple):
-    """What the forward says of each row (N,); empty where it was not asked for."""
-
-    nll: Tensor
-    lse: Tensor
-    logit_sum: Tensor
-    max_logit: Tensor
-    argmax: Tensor
-    entropy: Tensor
-
-
-class _Found(NamedTuple):
-    """What goes with the kept entries. A key is the row's position, then one bit for hot ids, then
-    the id."""
-
-    id_bits: int
-    row_bits: int
-    hot_ids: Tensor
-    slots: Tensor
-    exact: Tensor  # (row blocks,) uint8: blocks that go the exact way
-    max_sum: Tensor  # (splits, N, 2): partials of the forward
-    capped: Tensor  # (splits, N) or empty
-    tally: Tensor
-
-
-def _collect(
-    inputs: tuple, eps: float, place: tuple[int, int, int, int]
-) -> tuple[_Rows, _Found, Tensor, Tensor]:
-    """The forward, and the kept ones of its candidates, whose memory is free again afterwards:
-    keys (K,) int64, all ones beyond the last entry, and logits (K,)."""
-    targets, (order, count, target_logit, bound2) = inputs[2], inputs[-4:]
-    n, v, device = targets.shape[0], place[1], targets.device
-    nll, lse, *others, max_sum, capped, pool, counts = torch.ops.cce.training_forward(
-        *inputs, eps, candidate_capacity(n, v, eps)
-    )
-    pooled = (pool, counts, bound2, order, count, lse, target_logit, targets, eps, *place)
-    kept, exact, column_counts = torch.ops.cce.count_kept(*pooled)  # kept: (row blocks, parts)
-    capacity = kept_capacity(n, v, eps)
-    ends = kept.flatten().cumsum(0).view_as(kept)
-    exact = exact | (ends[:, -1] > capacity).to(torch.uint8)
-    # A larger number than any position and id, in as many bits.
-    id_bits, row_bits = v.bit_length(), n.bit_length() + 1
-    nothing = (1 << (id_bits + row_bits)) - 1
-    hot_ids, slots = _hot_ids(column_counts, n)
-    keys = torch.full((capacity,), nothing, device=device, dtype=torch.int64)
-    logits = torch.zeros(capacity, device=device)
-    torch.ops.cce.write_kept(*pooled, exact, ends - kept, slots, id_bits, keys, logits)
-    tally = torch.stack(
-        [
-            counts.sum(),
-            kept.sum(),
-            (counts > pool.shape[1]).sum(),
-            (count[0].long() + _ROW_BLOCK - 1) // _ROW_BLOCK,
-        ]
-    )
-    found = _Found(id_bits, row_bits, hot_ids, slots, exact, max_sum, capped, tally)
-    return _Rows(nll, lse, *others), found, keys, logits
-
-
-def _lists(
-    found: _Found,
-    keys: Tensor,
-    logits: Tensor,
-    order: Tensor,
-    count: Tensor,
-    lse: Tensor,
-    targets: Tensor,
-    ignore_index: int,
-    softcap: float,
-    v: int,
-) -> Lists:
-    """The lists of kept entries, from sorted keys and logits, and the mass of the others."""
-    n, device, id_bits = targets.shape[0], targets.device, found.id_bits
-    starts = torch.arange(2 * n + 1, device=device) << id_bits
-    boundaries = torch.searchsorted(keys, starts, out_int32=True)
-    row_first, row_hot = boundaries[::2].contiguous(), boundaries[1::2].contiguous()
-    ids = (keys & ((1 << id_bits) - 1)).int()
-    rows = order[(keys >> (id_bits + 1)).clamp_(max=n - 1)]
-    numbers = torch.arange(ids.shape[0], device=device, dtype=torch.int32)
-    sorted_ids, by_id = torch.ops.cce.sort_pairs(ids, numbers, id_bits)
-    columns = torch.arange(v + 1, device=device, dtype=torch.int32)
-    column_first = torch.searchsorted(sorted_ids, columns, out_int32=True)
-    mass = torch.ops.cce.dropped_mass(
-        found.max_sum, found.capped, row_first, row_hot, ids, logits, order, count, lse, v, softcap
-    )
-    exact_rows = torch.zeros(n, device=device, dtype=torch.bool)
-    exact_rows[order.long()] = found.exact.bool().repeat_interleave(_ROW_BLOCK)[:n]
-    exact_rows &= targets != ignore_index
-    return Lists(
-        rows, ids, logits, by_id, row_first, row_hot, column_first, found.hot_ids, found.slots, mass,
-        exact_rows, order, found.tally,
+    rows, partials, candidates = collect(e, c, targets, bias, u, lora_b, *options, metrics, eps)
+    lists = make_lists(
+        candidates, partials, rows.lse, rows.target_logit, targets, ignore_index, softcap,
+        (c.shape[0], vocab_start, vocab_total), eps,
     )  # fmt: skip
+    return (*rows, *lists)
 
 
 def _hot_ids(counts: Tensor, n: int) -> tuple[Tensor, Tensor]:
@@ -253,13 +276,12 @@ def _hot_ids(counts: Tensor, n: int) -> tuple[Tensor, Tensor]:
     return hot, slots
 
 
-def fake_lists(e: Tensor, c: Tensor, eps: float) -> Lists:
-    """Tensors of the right shapes for tracing."""
-    n, v = e.shape[0], c.shape[0]
+def fake_lists(like: Tensor, n: int, v: int, eps: float) -> Lists:
+    """Tensors of the right shapes for tracing, where `like` is."""
     capacity = kept_capacity(n, v, eps)
 
     def new(*shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
-        return e.new_empty(shape, dtype=dtype)
+        return like.new_empty(shape, dtype=dtype)
 
     return Lists(
         new(capacity),
