@@ -78,8 +78,11 @@ class Timer:
         """Times of ``repeats`` calls after ``warmup`` calls that do not count."""
         for _ in range(warmup):
             call.run(call.prepare())
-        once = self._cpu if self._flush is None else self._cuda
-        return [once(call) for _ in range(repeats)]
+        if self._flush is None:
+            return [self._cpu(call) for _ in range(repeats)]
+        marks = [self._cuda(call) for _ in range(repeats)]
+        torch.cuda.synchronize(self.device)
+        return [start.elapsed_time(end) for start, end in marks]
 
     def _cpu(self, call: Call) -> float:
         state = call.prepare()
@@ -87,18 +90,16 @@ class Timer:
         call.run(state)
         return 1e3 * (time.perf_counter() - start)
 
-    def _cuda(self, call: Call) -> float:
+    def _cuda(self, call: Call) -> tuple[torch.cuda.Event, torch.cuda.Event]:
+        """Starts a call. Nothing waits for it: as in a training, launches are queued while earlier
+        ones run, and what is timed is the GPU's work unless the host cannot keep up with it."""
         state = call.prepare()
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        # Writing more than the L2 cache holds empties it, and keeps the GPU busy while the call's
-        # launches are queued: what is timed is the GPU's work.
-        self._flush.zero_()
+        self._flush.zero_()  # writing more than the L2 cache holds empties it
         start.record()
-        result = call.run(state)
+        call.run(state)
         end.record()
-        end.synchronize()
-        del result
-        return start.elapsed_time(end)
+        return start, end
 
 
 class Times(NamedTuple):

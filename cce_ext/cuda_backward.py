@@ -62,7 +62,8 @@ def _chunk_columns(e: Tensor, v: int, sums: int) -> int:
     return max(range(most - most // 3, most + 1), key=lambda tiles: (fullness(tiles), tiles)) * tile
 
 
-def _row_vector(t: Tensor | None) -> Tensor | None:
+def row_vector(t: Tensor | None) -> Tensor | None:
+    """``t`` (N,) as the kernels read it."""
     return None if t is None else t.float().contiguous()
 
 
@@ -123,10 +124,10 @@ def exact_backward(
     order, count = torch.ops.cce.row_order(targets, ignore_index)
     e_ready = readable(e, e.dtype)
     u_ready = None if u is None else readable(u, e.dtype)
-    bias32 = _row_vector(bias)
+    bias32 = row_vector(bias)
     records = torch.ops.cce.row_gradients(
-        _row_vector(dnll),
-        _row_vector(dlse),
+        row_vector(dnll),
+        row_vector(dlse),
         lse.contiguous(),
         targets,
         order,

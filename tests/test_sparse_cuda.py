@@ -11,6 +11,7 @@ from bench.llm_data import llm_like
 from cce_ext import diagnostics, linear_cross_entropy
 from cce_ext.options import LossOptions
 from cce_ext.sparse import forward as sparse_forward
+from cce_ext.sparse import history
 from cce_ext.sparse.reference import sparse_gradients
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -98,6 +99,7 @@ def compare(problem: Problem, limit: float = 4e-3) -> None:
 
 @pytest.fixture(autouse=True)
 def _recorded() -> None:
+    history.clear()
     linear_cross_entropy(
         torch.zeros(1, 8, device="cuda"), torch.zeros(3, 8, device="cuda"),
         torch.zeros(1, device="cuda", dtype=torch.long),
@@ -319,3 +321,27 @@ def test_compile_and_autocast() -> None:
     for x, y in zip(torch.autograd.grad(loss, (wide_e, wide_c)), expected, strict=True):
         assert x.dtype == torch.float32
         assert error(x, y) < 1e-3
+
+
+def test_flat_calls_take_the_matmuls_from_the_third_on() -> None:
+    problem = Problem(300, 20000, 128, logit_scale=0.1)
+    listed = [problem.gradients() for _ in range(2)]  # by the list of exact rows
+    assert diagnostics()["exact_rows"] == 300
+    for name, x in problem.gradients().items():
+        assert torch.equal(listed[0][name], listed[1][name])
+        assert error(x, listed[0][name]) < 3e-3
+    torch.cuda.synchronize()
+    times = []
+    for clear in (True, False):
+        if clear:
+            history.clear()
+        big = Problem(4096, 60000, 512, logit_scale=0.1)
+        for _ in range(1 if clear else 2):
+            big.gradients()
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        big.gradients()
+        end.record()
+        torch.cuda.synchronize()
+        times.append(start.elapsed_time(end))
+    assert times[1] < times[0]

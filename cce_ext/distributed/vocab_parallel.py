@@ -11,6 +11,7 @@ whether a call is too flat for that is decided by what all shards together would
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -23,6 +24,7 @@ from cce_ext.distributed.dtensor import shard_of
 from cce_ext.options import Filter, LossOptions
 from cce_ext.reference import RowStatistics
 from cce_ext.sparse import shard
+from cce_ext.sparse.forward import Bounds
 from cce_ext.sparse.op import common_refusal, differentiates, shard_refusal
 
 # Renamed in PyTorch 2.13, whose old name warns.
@@ -121,7 +123,7 @@ class ShardKernels(NamedTuple):
 
     pair: tuple[Callable, Callable]  # the implementation's forward and backward
     filter: Filter | None  # None: this shard's backward is exact
-    any_sparse: bool  # whether any shard's may be sparse, the same on all ranks
+    any_sparse: bool  # whether any shard's may be sparse; the same on all ranks
 
 
 def shard_kernels(
@@ -140,10 +142,10 @@ def shard_kernels(
         return ShardKernels(ops, None, False), None
     # First what all ranks find alike: together they decide whether a call is too flat.
     reason = common_refusal(total, e.shape[0], options, wanted.eps)
-    any_sparse = not reason
-    if any_sparse:
+    any_sparse = not reason and differentiates(inputs)
+    if not reason:
         reason = shard_refusal(c, e.shape[0], wanted.eps)
-    sparse = not reason and differentiates(inputs)
+    sparse = any_sparse and not reason
     return ShardKernels(ops, wanted if sparse else None, any_sparse), reason
 
 
@@ -156,12 +158,12 @@ class _ShardedLoss(torch.autograd.Function):
         ctx.kernels, ctx.group = kernels, group
         ctx.options = (*options, start, vocab_total)
         inputs = (e, c, targets, bias, u, lora_b)
-        begun = None
+        bounds = _whole_bounds(kernels, group, inputs, ctx.options) if kernels.any_sparse else None
         if kernels.filter is None:
             local = RowStatistics(*kernels.pair[0](*inputs, *ctx.options, False))
         else:
-            begun = shard.begin(inputs, ctx.options, kernels.filter.eps)
-            local = begun.rows
+            eps = kernels.filter.eps
+            local, found = shard.collect_shard(inputs, ctx.options, eps, bounds)
         smooth = options.label_smoothing
         parts = [local.lse, local.target_logit] + ([local.logit_sum] if smooth else [])
         ranks = _gather(torch.stack(parts), group)
@@ -172,8 +174,8 @@ class _ShardedLoss(torch.autograd.Function):
         valid = targets != options.ignore_index
         nll, lse = torch.where(valid, nll, 0), torch.where(valid, lse, 0)
         lists = ()
-        if begun is not None:
-            lists = shard.finish(begun, lse, targets, c.shape[0], ctx.options, kernels.filter.eps)
+        if kernels.filter is not None:
+            lists = shard.list_shard(bounds, found, lse, targets, c.shape[0], ctx.options, eps)
         ctx.save_for_backward(*inputs, lse, *lists)
         ctx.set_materialize_grads(False)
         return nll, lse
@@ -189,7 +191,7 @@ class _ShardedLoss(torch.autograd.Function):
         wanted = (need_e, need_c, need_bias, need_u, need_b)
         share = None
         if kernels.any_sparse:
-            share = lse.new_zeros(())
+            share = lse.new_zeros(1)
             if lists:
                 share = torch.ops.cce.sparse_ce_share(dnll, dlse, targets, lists, options[0])
             dist.all_reduce(share, group=ctx.group)
@@ -201,6 +203,23 @@ class _ShardedLoss(torch.autograd.Function):
             grads = kernels.pair[1](*given, *options, *wanted)
         de, dc, dbias, du, db = (g if w else None for g, w in zip(grads, wanted, strict=True))
         return (*none, de, dc, None, dbias, du, db)
+
+
+def _whole_bounds(
+    kernels: ShardKernels,
+    group: dist.ProcessGroup | None,
+    inputs: tuple[Tensor | None, ...],
+    options: tuple,
+) -> Bounds | None:
+    """This shard's rows with lower bounds of the lse of all shards: the lse of what each of them
+    bounds. None where this one is exact."""
+    if kernels.filter is None:
+        e = inputs[0]
+        _gather(e.new_full((1, e.shape[0]), -torch.inf, dtype=torch.float32), group)
+        return None
+    bounds = Bounds(*torch.ops.cce.sparse_ce_bound(*inputs, *options))
+    ranks = _gather(bounds.bound2[None], group)[:, 0] * math.log(2)
+    return bounds._replace(bound2=torch.logsumexp(ranks, 0) / math.log(2))
 
 
 def _gather(part: Tensor, group: dist.ProcessGroup | None) -> Tensor:

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from cce_ext import diagnostics
-from cce_ext.cuda_backward import exact_backward, readable
+from cce_ext.cuda_backward import exact_backward, readable, row_vector
 from cce_ext.options import LossOptions
-from cce_ext.sparse import tail
+from cce_ext.sparse import history, tail
 from cce_ext.sparse.forward import Lists
 
 # Bytes of a chunk of the sampled rows' tails.
@@ -74,7 +74,7 @@ def backward(
     """The CUDA kernel of ``cce::sparse_ce_backward``; arguments and results as
     ``linear_ce_backward``'s, with the forward's lists, the threshold, and which gradients may be
     sparse: e_grad for those by rows (e, u), c_grad for those by columns (c, bias, lora_b).
-    dropped_share: that of all shards, a scalar on the device; None: there is one."""
+    dropped_share (1,): that of all shards together; None: there is one."""
     place = (ignore_index, softcap, logit_scale, label_smoothing, vocab_start, vocab_total)
     inputs = (e, c, targets, lse, bias, u, lora_b)
     needs = (need_e, need_c, need_bias, need_u, need_lora_b)
@@ -106,27 +106,38 @@ def _sparse(
         (vocab_start, vocab_total or vocab_start + c.shape[0]),
         eps,
     )
-    valid = targets != ignore_index
-    d, dlse, a = _upstream(dnll, dlse, valid)
-    row_mass = lists.mass.sum(1)
-    if share is None:
-        share = tail.dropped_share(a, row_mass, lists.exact_rows)
-    # A NaN goes the exact way, which carries it to where eager's would be.
-    exact = (lists.exact_rows | ~(share <= tail.FLAT)) & valid
+    dnll, dlse = row_vector(dnll), row_vector(dlse)
+    a, d, row_mass, own_share = torch.ops.cce.backward_shares(
+        dnll, dlse, targets, lists.mass, lists.exact_rows, ignore_index
+    )
+    share = own_share if share is None else share
+    # From here on a and d are those of the sparse rows.
+    exact, exact_share, d_all, sample, weight = torch.ops.cce.backward_sample_(
+        a, d, row_mass, share, targets, lists.exact_rows, ignore_index, tail.FLAT,
+        min(tail.SAMPLE, targets.shape[0]),
+    )  # fmt: skip
     diagnostics.record_backward(lists.tally, share, exact)
-    a_sparse, d_sparse = torch.where(exact, 0, a), torch.where(exact, 0, d)
+    kind = (e.device.index, e.dtype, *c.shape, softcap, logit_scale, eps)
+    flat = history.mostly_exact(kind)
+    history.note(kind, exact_share)
+    if flat:
+        return exact_backward(
+            d_all, dlse, e, c, targets, lse, bias, u, lora_b, ignore_index, softcap, logit_scale,
+            label_smoothing, vocab_start, vocab_total, need_e, need_c, need_bias, need_u,
+            need_lora_b,
+        )  # fmt: skip
 
     # What is there for each gradient: (N, width) or (V, width), and where it starts from.
     rows_of = [(need_e, call.c, e), (need_u and u is not None, call.lora_b, u)]
     columns_of = [(need_c, call.e, c), (need_lora_b and lora_b is not None, call.u, lora_b)]
-    spread = _spread(call, lists, a_sparse, d_sparse, row_mass)
+    spread = _spread(call, lists, a, d, tail.Sample(sample, weight))
     # A bf16 matrix needs no unit; one for fp16 that no weight exceeds by much.
     unit = torch.ones(1, device=a.device)
     if call.e.dtype == torch.float16:
-        unit = ((a_sparse.abs().max() + d_sparse.abs().max()) * abs(logit_scale) + 1e-30)[None]
+        unit = ((a.abs().max() + d.abs().max()) * abs(logit_scale) + 1e-30)[None]
     hot = call.e.new_zeros(call.e.shape[0], lists.hot_ids.shape[0])
     weights = torch.ops.cce.entry_weights(
-        lists.row_first[-1:], lists.rows, lists.ids, lists.logits, a_sparse, d_sparse, call.lse,
+        lists.row_first[-1:], lists.rows, lists.ids, lists.logits, a, d, call.lse,
         targets, softcap, logit_scale, label_smoothing, vocab_start, lists.slots, hot, unit,
     )  # fmt: skip
     kept = _Kept(lists, weights, tail.Dense(hot, unit, lists.hot_ids))
@@ -147,7 +158,7 @@ def _sparse(
             lists.column_first[1:].contiguous(), lists.rows, weights, lists.order, None, dbias,
         )  # fmt: skip
     del spread, kept, weights, hot
-    _add_exact_rows(call, d, dlse, exact, by_row, by_column, dbias)
+    _add_exact_rows(call, d_all, dlse, exact, by_row, by_column, dbias)
     results = (by_row[0], by_column[0], dbias, by_row[1], by_column[1])
     return tuple(
         e.new_empty(0, dtype=torch.float32 if t is None else t.dtype)
@@ -157,41 +168,9 @@ def _sparse(
     )
 
 
-def _upstream(
-    dnll: Tensor | None, dlse: Tensor | None, valid: Tensor
-) -> tuple[Tensor, Tensor | None, Tensor]:
-    """dnll and dlse (N,) as the kernels read them, 0 at rows that do not count, and their sum."""
-
-    def on_valid(t: Tensor | None) -> Tensor:
-        return (
-            valid.new_zeros(valid.shape, dtype=torch.float32)
-            if t is None
-            else torch.where(valid, t.float(), 0)
-        )
-
-    d = on_valid(dnll)
-    dlse = None if dlse is None else on_valid(dlse)
-    return d, dlse, d if dlse is None else d + dlse
-
-
-def shard_share(
-    dnll: Tensor | None,
-    dlse: Tensor | None,
-    targets: Tensor,
-    lists: list[Tensor],
-    ignore_index: int,
-) -> Tensor:
-    """What a shard drops of the probability mass, a scalar; the sum over the shards is what their
-    backwards want to know."""
-    _, _, a = _upstream(dnll, dlse, targets != ignore_index)
-    listed = Lists(*lists)
-    return tail.dropped_share(a, listed.mass.sum(1), listed.exact_rows)
-
-
-def _spread(call: _Call, lists: Lists, a: Tensor, d: Tensor, row_mass: Tensor) -> tail.Spread:
+def _spread(call: _Call, lists: Lists, a: Tensor, d: Tensor, sample: tail.Sample) -> tail.Spread:
     """The tail of every row: sampled rows' logits again, their dropped entries by class."""
     o = call.options
-    sample = tail.sample_rows(a, row_mass)
     classes = tail.classify(call.e, call.u, sample.rows)
     member = tail.one_hot(classes[sample.rows], tail.CLASSES, call.e.dtype).T.contiguous()
     weights = _sampled_tails(call, sample.rows, sample.weight[sample.rows] * _LIFT, member)

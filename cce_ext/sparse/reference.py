@@ -41,7 +41,12 @@ class Shard(NamedTuple):
     start: int  # its first id
     vocab: int  # ids in all
     lse: Tensor  # (N,) over all shards
+    merge_bounds: Callable[[Tensor], Tensor]  # (N,): of that lse, from those of this shard's own
     add_up: Callable[[Tensor], Tensor]  # what all shards drop, from what this one does
+
+
+def _same(x: Tensor) -> Tensor:
+    return x
 
 
 def sample_bound(z: Tensor, vocab: int) -> Tensor:
@@ -100,7 +105,7 @@ def sparse_gradients(
     """
     z = logits(e, c, bias, u, lora_b, options)
     if shard is None:
-        shard = Shard(0, z.shape[1], torch.logsumexp(z, -1), lambda share: share)
+        shard = Shard(0, z.shape[1], torch.logsumexp(z, -1), _same, _same)
     vocab, lse = z.shape[1], shard.lse
     scale, smoothing = options.logit_scale, options.label_smoothing
     valid = targets != options.ignore_index
@@ -125,7 +130,7 @@ def sparse_gradients(
     if frequent.numel():
         bound = torch.maximum(bound, torch.logsumexp(z[:, frequent], -1))
     own = torch.where(here, z.gather(1, slot[:, None])[:, 0], -torch.inf)
-    bound = torch.maximum(bound, own) - 0.01
+    bound = shard.merge_bounds(torch.maximum(bound, own) - 0.01)
     candidate = (z >= bound[:, None] + math.log(eps)) if eps > 0 else z == z
     kept = (p >= eps) & ~is_target
     keeps = kept | is_target

@@ -20,6 +20,22 @@ inline constexpr int64_t kPackBytes = int64_t{64} << 20;
 // Bytes of (max, sum) partials that a call may take for the sake of an even load.
 inline constexpr int64_t kPartialBytes = int64_t{12} << 20;
 
+using Guard = torch::stable::accelerator::DeviceGuard;
+
+inline cudaStream_t stream_of(const Tensor& t) { return current_stream(t.get_device_index()); }
+
+// The data of a contiguous tensor of a known dtype.
+template <typename T>
+T* data(const Tensor& t, ScalarType dtype, const char* name) {
+  STD_TORCH_CHECK(t.scalar_type() == dtype && t.is_contiguous(), name,
+                  " has another dtype than expected or is not contiguous");
+  return static_cast<T*>(t.mutable_data_ptr());
+}
+inline float* f32(const Tensor& t, const char* name) { return data<float>(t, ScalarType::Float, name); }
+inline int32_t* i32(const Tensor& t, const char* name) { return data<int32_t>(t, ScalarType::Int, name); }
+inline int64_t* i64(const Tensor& t, const char* name) { return data<int64_t>(t, ScalarType::Long, name); }
+inline uint8_t* u8(const Tensor& t, const char* name) { return data<uint8_t>(t, ScalarType::Byte, name); }
+
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 inline cuda::Dtype kernel_dtype(const Tensor& e) {

@@ -46,21 +46,26 @@ STABLE_TORCH_LIBRARY(cce, m) {
       "Tensor target_logit, Tensor bound2, float eps, int capacity) -> (Tensor nll, Tensor lse, "
       "Tensor logit_sum, Tensor max_logit, Tensor argmax, Tensor entropy, Tensor max_sum, "
       "Tensor capped, Tensor pool, Tensor counts)");
+  // bound_columns: ids and whether each counts. keep_lists: kept entries sorted by row and by id, and what the others weigh.
   m.def(
-      "count_kept(Tensor pool, Tensor counts, Tensor bound2, Tensor row_order, Tensor row_count, "
-      "Tensor lse, Tensor target_logit, Tensor targets, float eps, int ignore_index, "
-      "int shard_size, int vocab_start, int vocab_total) -> (Tensor kept, Tensor exact, "
-      "Tensor column_counts)");
+      "bound_columns(Tensor targets, Tensor row_order, Tensor row_count, int shard_size, "
+      "int vocab_start, int strided, int sampled) -> (Tensor ids, Tensor counts)");
   m.def(
-      "write_kept(Tensor pool, Tensor counts, Tensor bound2, Tensor row_order, Tensor row_count, "
-      "Tensor lse, Tensor target_logit, Tensor targets, float eps, int ignore_index, "
-      "int shard_size, int vocab_start, int vocab_total, Tensor exact, Tensor first, "
-      "Tensor slots, int id_bits, Tensor(a!) keys, Tensor(b!) logits) -> ()");
-  m.def("sort_pairs(Tensor keys, Tensor values, int bits) -> (Tensor keys, Tensor values)");
+      "keep_lists(Tensor pool, Tensor counts, Tensor bound2, Tensor row_order, Tensor row_count, "
+      "Tensor lse, Tensor target_logit, Tensor targets, Tensor max_sum, Tensor capped, float eps, "
+      "float softcap, int ignore_index, int shard_size, int vocab_start, int vocab_total, "
+      "int capacity, int hot) -> (Tensor rows, Tensor ids, Tensor logits, Tensor order, "
+      "Tensor row_first, Tensor row_hot, Tensor column_first, Tensor hot_ids, Tensor slots, "
+      "Tensor mass, Tensor exact_rows, Tensor tally)");
+  // backward_shares: upstream weights, dropped masses, T. backward_sample_: by T, which rows go the exact way (their weights
+  // become zero), their share, dnll as it was, and the rows whose tails stand for all, with weights.
   m.def(
-      "dropped_mass(Tensor max_sum, Tensor capped, Tensor first, Tensor hot, Tensor ids, "
-      "Tensor logits, Tensor row_order, Tensor row_count, Tensor lse, int shard_size, float "
-      "softcap) -> Tensor");
+      "backward_shares(Tensor? dnll, Tensor? dlse, Tensor targets, Tensor mass, Tensor listed, "
+      "int ignore_index) -> (Tensor a, Tensor d, Tensor row_mass, Tensor share)");
+  m.def(
+      "backward_sample_(Tensor(a!) a, Tensor(b!) d, Tensor row_mass, Tensor share, Tensor targets, "
+      "Tensor listed, int ignore_index, float flat, int sample) -> (Tensor exact, "
+      "Tensor exact_share, Tensor d_all, Tensor rows, Tensor weight)");
   m.def(
       "entry_weights(Tensor count, Tensor rows, Tensor ids, Tensor logits, Tensor a, Tensor d, "
       "Tensor lse, Tensor targets, float softcap, float logit_scale, float label_smoothing, "

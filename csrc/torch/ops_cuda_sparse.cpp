@@ -1,4 +1,6 @@
-// The pieces of the sparse gradient as ops; the steps between them are in cce_ext/sparse.
+// The sparse gradient's forward as ops; what lies between them is in cce_ext/sparse.
+#include <cuda_runtime_api.h>
+
 #include <cmath>
 
 #include "cuda/sparse/lists.h"
@@ -9,21 +11,11 @@ namespace {
 
 constexpr int64_t kBlockRows = 128;
 
-using Guard = torch::stable::accelerator::DeviceGuard;
-
-cudaStream_t stream_of(const Tensor& t) { return current_stream(t.get_device_index()); }
-
-// The data of a contiguous tensor of a known dtype.
-template <typename T>
-T* data(const Tensor& t, ScalarType dtype, const char* name) {
-  STD_TORCH_CHECK(t.scalar_type() == dtype && t.is_contiguous(), name,
-                  " has another dtype than expected or is not contiguous");
-  return static_cast<T*>(t.mutable_data_ptr());
+int bit_length(int64_t x) {
+  int bits = 0;
+  for (; x > 0; x >>= 1) ++bits;
+  return bits;
 }
-float* f32(const Tensor& t, const char* name) { return data<float>(t, ScalarType::Float, name); }
-int32_t* i32(const Tensor& t, const char* name) { return data<int32_t>(t, ScalarType::Int, name); }
-int64_t* i64(const Tensor& t, const char* name) { return data<int64_t>(t, ScalarType::Long, name); }
-uint8_t* u8(const Tensor& t, const char* name) { return data<uint8_t>(t, ScalarType::Byte, name); }
 
 Tensor target_logits_cuda(Tensor e, Tensor c, Tensor targets, std::optional<Tensor> bias,
                           std::optional<Tensor> u, std::optional<Tensor> lora_b,
@@ -35,6 +27,25 @@ Tensor target_logits_cuda(Tensor e, Tensor c, Tensor targets, std::optional<Tens
       make_inputs(e, c, targets, bias, u, lora_b,
                   {softcap, logit_scale, 0.0, ignore_index, vocab_start, vocab_total});
   return gather_target_logits(in, Order(row_order, row_count), fp32_bias(in.bias), stream_of(e));
+}
+
+std::tuple<Tensor, Tensor> bound_columns_cuda(Tensor targets, Tensor row_order, Tensor row_count,
+                                              int64_t shard_size, int64_t vocab_start,
+                                              int64_t strided, int64_t sampled) {
+  const Guard guard(targets.get_device_index());
+  Tensor ids = empty(targets, {strided + sampled}, ScalarType::Long);
+  Tensor counts = empty(targets, {strided + sampled}, ScalarType::Byte);
+  cuda::BoundColumnsParams p;
+  p.targets = i64(targets, "targets");
+  p.order = Order(row_order, row_count).view();
+  p.vocab = shard_size;
+  p.vocab_start = vocab_start;
+  p.strided = static_cast<int>(strided);
+  p.sampled = static_cast<int>(sampled);
+  p.ids = i64(ids, "ids");
+  p.counts = u8(counts, "counts");
+  check_cuda(cuda::bound_columns(p, stream_of(targets)), "bound_columns");
+  return {ids, counts};
 }
 
 Tensor row_bounds_cuda(Tensor products, std::optional<Tensor> bias, Tensor counts,
@@ -121,67 +132,10 @@ cuda::KeepParams keep_params(const Tensor& pool, const Tensor& counts, const Ten
   return p;
 }
 
-std::tuple<Tensor, Tensor, Tensor> count_kept_cuda(Tensor pool, Tensor counts, Tensor bound2,
-                                                   Tensor row_order, Tensor row_count, Tensor lse,
-                                                   Tensor target_logit, Tensor targets, double eps,
-                                                   int64_t ignore_index, int64_t shard_size,
-                                                   int64_t vocab_start, int64_t vocab_total) {
-  const Guard guard(lse.get_device_index());
-  cuda::KeepParams p =
-      keep_params(pool, counts, bound2, row_order, row_count, lse, target_logit, targets, eps,
-                  ignore_index, shard_size, vocab_start, vocab_total);
-  Tensor kept = empty(lse, {pool.size(0), cuda::kKeepParts}, ScalarType::Int);
-  Tensor exact = empty(lse, {pool.size(0)}, ScalarType::Byte);
-  p.kept = i32(kept, "kept");
-  Tensor column_counts = zeros(lse, {shard_size}, ScalarType::Int);
-  p.exact = u8(exact, "exact");
-  p.column_counts = i32(column_counts, "column_counts");
-  check_cuda(cuda::count_kept(p, stream_of(lse)), "count_kept");
-  return {kept, exact, column_counts};
-}
-
-void write_kept_cuda(Tensor pool, Tensor counts, Tensor bound2, Tensor row_order, Tensor row_count,
-                     Tensor lse, Tensor target_logit, Tensor targets, double eps,
-                     int64_t ignore_index, int64_t shard_size, int64_t vocab_start,
-                     int64_t vocab_total, Tensor exact, Tensor first, Tensor slots, int64_t id_bits,
-                     Tensor keys, Tensor logits) {
-  const Guard guard(lse.get_device_index());
-  cuda::KeepParams p =
-      keep_params(pool, counts, bound2, row_order, row_count, lse, target_logit, targets, eps,
-                  ignore_index, shard_size, vocab_start, vocab_total);
-  p.exact = u8(exact, "exact");
-  p.first = i64(first, "first");
-  p.slots = i32(slots, "slots");
-  p.id_bits = static_cast<int>(id_bits);
-  p.keys = i64(keys, "keys");
-  p.logits = f32(logits, "logits");
-  check_cuda(cuda::write_kept(p, stream_of(lse)), "write_kept");
-}
-
-std::tuple<Tensor, Tensor> sort_pairs_cuda(Tensor keys, Tensor values, int64_t bits) {
-  const Guard guard(keys.get_device_index());
-  const bool wide = keys.scalar_type() == ScalarType::Long;
-  const int64_t count = keys.size(0);
-  Tensor keys_out = empty(keys, {count}, keys.scalar_type());
-  Tensor values_out = empty(keys, {count}, values.scalar_type());
-  const size_t bytes = cuda::sort_pairs_workspace(count, wide);
-  Tensor workspace = empty(keys, {static_cast<int64_t>(bytes)}, ScalarType::Byte);
-  void* space = workspace.mutable_data_ptr();
-  const cudaStream_t stream = stream_of(keys);
-  const int low = static_cast<int>(bits);
-  const cudaError_t error =
-      wide ? cuda::sort_wide(i64(keys, "keys"), f32(values, "values"), i64(keys_out, "keys"),
-                             f32(values_out, "values"), count, low, space, bytes, stream)
-           : cuda::sort_narrow(i32(keys, "keys"), i32(values, "values"), i32(keys_out, "keys"),
-                               i32(values_out, "values"), count, low, space, bytes, stream);
-  check_cuda(error, "sort_pairs");
-  return {keys_out, values_out};
-}
-
-Tensor dropped_mass_cuda(Tensor max_sum, Tensor capped, Tensor first, Tensor hot, Tensor ids,
+// (N, groups): Σ p softcap' of each row's and group's dropped entries.
+Tensor dropped_mass(Tensor max_sum, Tensor capped, Tensor first, Tensor hot, Tensor ids,
                          Tensor logits, Tensor row_order, Tensor row_count, Tensor lse,
                          int64_t shard_size, double softcap) {
-  const Guard guard(lse.get_device_index());
   cuda::MassParams p;
   p.n = lse.size(0);
   p.splits = static_cast<int>(max_sum.size(0));
@@ -209,109 +163,121 @@ Tensor dropped_mass_cuda(Tensor max_sum, Tensor capped, Tensor first, Tensor hot
   return mass;
 }
 
-Tensor entry_weights_cuda(Tensor count, Tensor rows, Tensor ids, Tensor logits, Tensor a, Tensor d,
-                          Tensor lse, Tensor targets, double softcap, double logit_scale,
-                          double label_smoothing, int64_t vocab_start, Tensor slots, Tensor dense,
-                          Tensor unit) {
+// Sorts pairs into new tensors.
+std::tuple<Tensor, Tensor> sorted(const Tensor& keys, const Tensor& values, int bits) {
+  const bool wide = keys.scalar_type() == ScalarType::Long;
+  const int64_t count = keys.size(0);
+  Tensor keys_out = empty(keys, {count}, keys.scalar_type());
+  Tensor values_out = empty(keys, {count}, values.scalar_type());
+  const size_t bytes = cuda::sort_pairs_workspace(count, wide);
+  Tensor workspace = empty(keys, {static_cast<int64_t>(bytes)}, ScalarType::Byte);
+  void* space = workspace.mutable_data_ptr();
+  const cudaStream_t stream = stream_of(keys);
+  const cudaError_t error =
+      wide ? cuda::sort_wide(i64(keys, "keys"), f32(values, "values"), i64(keys_out, "keys"),
+                             f32(values_out, "values"), count, bits, space, bytes, stream)
+           : cuda::sort_narrow(i32(keys, "keys"), i32(values, "values"), i32(keys_out, "keys"),
+                               i32(values_out, "values"), count, bits, space, bytes, stream);
+  check_cuda(error, "sort_pairs");
+  return {keys_out, values_out};
+}
+
+// Ids that most rows keep, ascending, and every id's place among them.
+std::tuple<Tensor, Tensor> choose_hot(const Tensor& column_counts, int64_t n, int64_t hot,
+                                      cudaStream_t stream) {
+  const int64_t vocab = column_counts.size(0);
+  Tensor keys = empty(column_counts, {vocab}, ScalarType::Int);
+  Tensor ids = empty(column_counts, {vocab}, ScalarType::Int);
+  check_cuda(cuda::hot_keys(i32(column_counts, "column_counts"), n, vocab, i32(keys, "keys"),
+                            i32(ids, "ids"), stream),
+             "hot_keys");
+  const auto [same, ranked] = sorted(keys, ids, bit_length(n));
+  Tensor hot_ids = empty(column_counts, {hot}, ScalarType::Long);
+  Tensor slots = empty(column_counts, {vocab}, ScalarType::Int);
+  check_cuda(cudaMemsetAsync(i32(slots, "slots"), 0xff, 4 * vocab, stream), "slots");
+  check_cuda(cuda::hot_ids(i32(ranked, "ranked"), hot, i64(hot_ids, "hot_ids"), i32(slots, "slots"),
+                           stream),
+             "hot_ids");
+  return {hot_ids, slots};
+}
+
+using Lists = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor,
+                         Tensor, Tensor, Tensor>;
+
+// See the schema and cce_ext/sparse/forward.py.
+Lists keep_lists_cuda(Tensor pool, Tensor counts, Tensor bound2, Tensor row_order, Tensor row_count,
+                      Tensor lse, Tensor target_logit, Tensor targets, Tensor max_sum,
+                      Tensor capped, double eps, double softcap, int64_t ignore_index,
+                      int64_t shard_size, int64_t vocab_start, int64_t vocab_total,
+                      int64_t capacity, int64_t hot) {
   const Guard guard(lse.get_device_index());
-  cuda::WeightParams p;
-  p.count = i32(count, "count");
-  p.rows = i32(rows, "rows");
-  p.ids = i32(ids, "ids");
-  p.logits = f32(logits, "logits");
-  p.a = f32(a, "a");
-  p.d = f32(d, "d");
-  p.lse = f32(lse, "lse");
-  p.targets = i64(targets, "targets");
-  p.capacity = ids.size(0);
-  p.options.softcap = softcap;
-  p.options.logit_scale = logit_scale;
-  p.options.label_smoothing = label_smoothing;
-  p.options.vocab_start = vocab_start;
-  p.slots = i32(slots, "slots");
-  p.dtype = kernel_dtype(dense);
-  p.dense = dense.mutable_data_ptr();
-  p.hot = dense.size(1);
-  p.unit = f32(unit, "unit");
-  Tensor weights = empty(lse, {p.capacity}, ScalarType::Float);
-  p.weights = floats(weights);
-  check_cuda(cuda::entry_weights(p, stream_of(lse)), "entry_weights");
-  return weights;
-}
+  const cudaStream_t stream = stream_of(lse);
+  const int64_t n = lse.size(0), blocks = pool.size(0);
+  const auto ints = [&](int64_t size) { return empty(lse, {size}, ScalarType::Int); };
+  cuda::KeepParams keep =
+      keep_params(pool, counts, bound2, row_order, row_count, lse, target_logit, targets, eps,
+                  ignore_index, shard_size, vocab_start, vocab_total);
+  const Tensor kept = empty(lse, {blocks, cuda::kKeepParts}, ScalarType::Int);
+  const Tensor exact = empty(lse, {blocks}, ScalarType::Byte);
+  const Tensor column_counts = zeros(lse, {shard_size}, ScalarType::Int);
+  keep.kept = i32(kept, "kept");
+  keep.exact = u8(exact, "exact");
+  keep.column_counts = i32(column_counts, "column_counts");
+  check_cuda(cuda::count_kept(keep, stream), "count_kept");
 
-// Whether out is float beside a 16-bit other.
-bool is_fp32_beside(const Tensor& out, const Tensor& other, const char* name) {
-  if (out.scalar_type() == ScalarType::Float) return true;
-  STD_TORCH_CHECK(out.scalar_type() == other.scalar_type(), name,
-                  " must be float32 or of the inputs' dtype");
-  return false;
-}
+  const Tensor first = empty(lse, {blocks, cuda::kKeepParts}, ScalarType::Long);
+  const Tensor tally = empty(lse, {4}, ScalarType::Long);
+  cuda::PlaceParams place;
+  place.kept = keep.kept;
+  place.found = i32(counts, "counts");
+  place.row_count = i32(row_count, "row_count");
+  place.blocks = blocks;
+  place.pool_capacity = pool.size(1);
+  place.capacity = capacity;
+  place.first = i64(first, "first");
+  place.exact = keep.exact;
+  place.tally = i64(tally, "tally");
+  check_cuda(cuda::place_kept(place, stream), "place_kept");
 
-void gather_cuda(Tensor out, Tensor source, Tensor first, Tensor last, Tensor items, Tensor weights,
-                 std::optional<Tensor> order, std::optional<Tensor> out_rows,
-                 std::optional<Tensor> sums) {
-  const Guard guard(out.get_device_index());
-  STD_TORCH_CHECK(out.size(1) == source.size(1) && out.stride(1) == 1 && source.stride(1) == 1,
-                  "out and source must have the same columns, one beside the other");
-  cuda::GatherParams p;
-  p.dtype = kernel_dtype(source);
-  p.source = source.const_data_ptr();
-  p.source_ld = source.stride(0);
-  p.out = out.mutable_data_ptr();
-  p.out_ld = out.stride(0);
-  p.out_fp32 = is_fp32_beside(out, source, "out");
-  p.width = static_cast<int>(source.size(1));
-  p.first = i32(first, "first");
-  p.last = i32(last, "last");
-  p.items = i32(items, "items");
-  p.weights = f32(weights, "weights");
-  if (order) p.order = i32(*order, "order");
-  if (out_rows) p.out_rows = i32(*out_rows, "out_rows");
-  if (sums) p.sums = f32(*sums, "sums");
-  p.segments = first.size(0);
-  p.partition_bytes = cuda::gather_workspace(p.segments);
-  Tensor work = empty(out, {3, p.segments}, ScalarType::Int);
-  Tensor work_counts = empty(out, {2}, ScalarType::Int);
-  Tensor partition = empty(out, {static_cast<int64_t>(p.partition_bytes)}, ScalarType::Byte);
-  p.work = i32(work, "work");
-  p.work_counts = i32(work_counts, "work_counts");
-  p.partition = partition.mutable_data_ptr();
-  check_cuda(cuda::gather_rows(p, stream_of(out)), "gather");
-}
+  // A key: position, one bit for hot ids, id. All ones, larger than any in the bits that are sorted: unused.
+  const int id_bits = bit_length(shard_size), key_bits = id_bits + 1 + bit_length(n);
+  const auto [hot_ids, slots] = choose_hot(column_counts, n, hot, stream);
+  const Tensor unsorted_keys = empty(lse, {capacity}, ScalarType::Long);
+  const Tensor unsorted_logits = zeros(lse, {capacity}, ScalarType::Float);
+  check_cuda(cudaMemsetAsync(i64(unsorted_keys, "keys"), 0xff, 8 * capacity, stream), "keys");
+  keep.first = place.first;
+  keep.slots = i32(slots, "slots");
+  keep.id_bits = id_bits;
+  keep.keys = i64(unsorted_keys, "keys");
+  keep.logits = f32(unsorted_logits, "logits");
+  check_cuda(cuda::write_kept(keep, stream), "write_kept");
+  const auto [keys, logits] = sorted(unsorted_keys, unsorted_logits, key_bits);
 
-cuda::Gradient gradient(const std::optional<Tensor>& t, const Tensor& e, const char* name) {
-  cuda::Gradient g;
-  if (!t) return g;
-  STD_TORCH_CHECK(t->stride(1) == 1, name, " must be stored row by row");
-  g.data = t->mutable_data_ptr();
-  g.ld = t->stride(0);
-  g.width = t->size(1);
-  g.fp32 = is_fp32_beside(*t, e, name);
-  return g;
-}
-
-// See the schema. All matrices readable as they are.
-void exact_rows_cuda(std::optional<Tensor> de, std::optional<Tensor> dc,
-                     std::optional<Tensor> dbias, std::optional<Tensor> du,
-                     std::optional<Tensor> dlora_b, Tensor e, Tensor c, std::optional<Tensor> bias,
-                     std::optional<Tensor> u, std::optional<Tensor> lora_b, Tensor row_order,
-                     Tensor row_count, Tensor row_gradients, double softcap, double logit_scale,
-                     double label_smoothing) {
-  const Guard guard(e.get_device_index());
-  cuda::ExactRowsParams p;
-  p.head = readable_head(e, c, bias, u, lora_b, row_order, row_count, softcap, logit_scale,
-                         label_smoothing);
-  p.rows = static_cast<const cuda::RowGradient*>(row_gradients.const_data_ptr());
-  p.n = row_order.size(0);
-  p.de = gradient(de, e, "de");
-  p.dc = gradient(dc, e, "dc");
-  p.du = gradient(du, e, "du");
-  p.dlora_b = gradient(dlora_b, e, "dlora_b");
-  if (dbias) p.dbias = f32(*dbias, "dbias");
-  Tensor workspace =
-      empty(e, {cuda::exact_rows_workspace(p.n, p.de.width + p.du.width)}, ScalarType::Byte);
-  p.workspace = workspace.mutable_data_ptr();
-  check_cuda(backend().exact_rows(p, stream_of(e)), "exact_rows");
+  const Tensor rows = ints(capacity), ids = ints(capacity), numbers = ints(capacity);
+  const Tensor row_first = ints(n + 1), row_hot = ints(n), column_first = ints(shard_size + 1);
+  const Tensor exact_rows = empty(lse, {n}, ScalarType::Bool);
+  cuda::UnpackParams unpack;
+  unpack.keys = i64(keys, "keys");
+  unpack.id_bits = id_bits;
+  unpack.capacity = capacity;
+  unpack.n = n;
+  unpack.order = Order(row_order, row_count).view();
+  unpack.exact = keep.exact;
+  unpack.ids = i32(ids, "ids");
+  unpack.rows = i32(rows, "rows");
+  unpack.numbers = i32(numbers, "numbers");
+  unpack.row_first = i32(row_first, "row_first");
+  unpack.row_hot = i32(row_hot, "row_hot");
+  unpack.exact_rows = static_cast<uint8_t*>(exact_rows.mutable_data_ptr());
+  check_cuda(cuda::unpack_keys(unpack, stream), "unpack_keys");
+  const auto [sorted_ids, order] = sorted(ids, numbers, id_bits);
+  check_cuda(cuda::column_starts(i32(sorted_ids, "ids"), capacity, shard_size,
+                                 i32(column_first, "column_first"), stream),
+             "column_starts");
+  const Tensor mass = dropped_mass(max_sum, capped, row_first, row_hot, ids, logits, row_order,
+                                   row_count, lse, shard_size, softcap);
+  return {rows,    ids,   logits, order,      row_first, row_hot, column_first,
+          hot_ids, slots, mass,   exact_rows, tally};
 }
 
 }  // namespace
@@ -319,13 +285,8 @@ void exact_rows_cuda(std::optional<Tensor> de, std::optional<Tensor> dc,
 
 STABLE_TORCH_LIBRARY_IMPL(cce, CUDA, m) {
   m.impl("target_logits", TORCH_BOX(&cce::torch_api::target_logits_cuda));
+  m.impl("bound_columns", TORCH_BOX(&cce::torch_api::bound_columns_cuda));
   m.impl("row_bounds", TORCH_BOX(&cce::torch_api::row_bounds_cuda));
   m.impl("training_forward", TORCH_BOX(&cce::torch_api::training_forward_cuda));
-  m.impl("count_kept", TORCH_BOX(&cce::torch_api::count_kept_cuda));
-  m.impl("write_kept", TORCH_BOX(&cce::torch_api::write_kept_cuda));
-  m.impl("sort_pairs", TORCH_BOX(&cce::torch_api::sort_pairs_cuda));
-  m.impl("dropped_mass", TORCH_BOX(&cce::torch_api::dropped_mass_cuda));
-  m.impl("entry_weights", TORCH_BOX(&cce::torch_api::entry_weights_cuda));
-  m.impl("gather_", TORCH_BOX(&cce::torch_api::gather_cuda));
-  m.impl("exact_rows_", TORCH_BOX(&cce::torch_api::exact_rows_cuda));
+  m.impl("keep_lists", TORCH_BOX(&cce::torch_api::keep_lists_cuda));
 }

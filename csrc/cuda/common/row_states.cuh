@@ -118,7 +118,7 @@ __device__ __forceinline__ void write_partial(RowStates<kGroups, kBlockM>& s, in
   if constexpr (kMode != Mode::kPlain) {
     if (out.logit_sum) out.logit_sum[at] = extra;
     if (out.capped) out.capped[at] = extra;
-    if (kMode == Mode::kMetrics) {
+    if (kMode == Mode::kMetrics && out.weighted) {
       out.weighted[at] = weighted;
       out.argmax[at] = first_col + argmax;
     }

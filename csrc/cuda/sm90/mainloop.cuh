@@ -8,8 +8,8 @@
 // - Warpgroup 2 loads. Where every row counts, one thread issues tensor copies for both tiles. Where some are ignored, the
 //   rows of A are not neighbours: its 128 threads gather them by cp.async, 16 bytes each, and B still comes by tensor copy.
 // Barrier protocol: full[s] completes when the bytes of the stage are there: one arrival (which names the bytes of the
-// tensor copies), and in gather mode 128 more, each made two slices late, when the thread's own cp.async have landed and are
-// ordered before the tensor cores' reads (fence.proxy.async). empty[s] completes by one arrival, of the warpgroup that has
+// tensor copies), and in gather mode 128 more, when each thread's own cp.async have landed; whoever multiplies then orders
+// them before the tensor cores' reads (fence.proxy.async). empty[s] completes by one arrival, of the warpgroup that has
 // multiplied the stage, one slice late, when its products have been waited for. Named barriers: kProductTurn + w lets
 // warpgroup w issue a tile's products, kEpilogueTurn + w lets it touch what both share; each is given by the other.
 #pragma once
@@ -104,16 +104,10 @@ template <typename T>
 __device__ __forceinline__ void gather_tiles(const Work& work, const Maps& maps,
                                              const Pipeline& pipe, int row_blocks, int count) {
   constexpr int kPieces = Config::kBlockK / 8, kRowStep = 128 / kPieces;
-  constexpr int kCopies = Config::kBlockM / kRowStep, kLag = 2;
+  constexpr int kCopies = Config::kBlockM / kRowStep;
   const int thread = threadIdx.x % 128, piece = thread % kPieces, row = thread / kPieces;
   const uint32_t write = row * 128 + ((piece ^ (row & 7)) << 4);  // rows 16 apart swizzle alike
-  Ring ring, landed;
-  int started = 0;
-  const auto arrive = [&] {
-    ptx::fence_async_proxy();
-    ptx::mbarrier_arrive(pipe.full + 8 * landed.stage);
-    landed.next();
-  };
+  Ring ring;
   for (Cursor at(work, row_blocks); !at.done(); at.next_tile()) {
     int rows[kCopies];
 #pragma unroll
@@ -140,26 +134,23 @@ __device__ __forceinline__ void gather_tiles(const Work& work, const Maps& maps,
         ptx::cp_async_16(pipe.a(ring.stage) + write + i * kRowStep * 128,
                          beyond ? a.data : from + rows[i] * a.ld, beyond);
       }
-      ptx::cp_async_commit();
-      if (++started > kLag) {
-        ptx::cp_async_wait<kLag>();
-        arrive();
-      }
+      ptx::mbarrier_arrive_after_copies(full);
     }
   }
   ptx::cp_async_wait<0>();
-  for (int left = min(started, kLag); left > 0; --left) arrive();
 }
 
-// One tile's product, from the stage at `ring` on; acc must be zero. Gives the turn to the other warpgroup.
+// One tile's product added to acc, from the stage at `ring` on. gather: A was written by ordinary copies. Gives the turn to the other warpgroup.
 template <typename T>
 __device__ __forceinline__ void multiply(float (&acc)[Config::kMmaM][Config::kAccumulators],
-                                         const Pipeline& pipe, Ring& ring, int other) {
+                                         const Pipeline& pipe, Ring& ring, bool gather,
+                                         int other) {
   const bool releases = threadIdx.x % 128 == 0;
   int last = 0;
 #pragma unroll 1
   for (int s = 0; s < pipe.slices; ++s) {
     ptx::mbarrier_wait(pipe.full + 8 * ring.stage, ring.phase);
+    if (gather) ptx::fence_async_proxy();
     ptx::wgmma_fence();
     const uint64_t a = ptx::wgmma_descriptor(pipe.a(ring.stage));
     const uint64_t b = ptx::wgmma_descriptor(pipe.b(ring.stage));
@@ -202,7 +193,7 @@ __device__ __forceinline__ void start_accumulators(
 // The stream of tiles of warpgroup 0 or 1. epilogue(acc, cursor) runs in the order of the tiles. bias: null for none.
 template <typename T, typename TileEpilogue>
 __device__ __forceinline__ void consume(const Work& work, const Pipeline& pipe, int row_blocks,
-                                        const float* bias, TileEpilogue&& epilogue) {
+                                        bool gather, const float* bias, TileEpilogue&& epilogue) {
   const int mine = threadIdx.x / 128, other = mine ^ 1;
   if (mine == 1) {  // warpgroup 0 begins
     ptx::barrier_arrive(kProductTurn, 256);
@@ -220,7 +211,7 @@ __device__ __forceinline__ void consume(const Work& work, const Pipeline& pipe, 
     start_accumulators(acc, bias, at.tile * Config::kBlockN + PairedColumns::first(),
                        static_cast<int>(work.c.rows));
     ptx::barrier_sync(kProductTurn + mine, 256);
-    multiply<T>(acc, pipe, ring, other);
+    multiply<T>(acc, pipe, ring, gather, other);
     ptx::barrier_sync(kEpilogueTurn + mine, 256);
     epilogue(acc, at);
     ptx::barrier_arrive(kEpilogueTurn + other, 256);
@@ -247,7 +238,7 @@ __device__ __forceinline__ void run_block(const Work& work, const Maps& maps, ui
     }
   } else {
     ptx::take_registers<Config::kConsumerRegisters>();
-    consume<T>(work, pipe, row_blocks, bias, epilogue);
+    consume<T>(work, pipe, row_blocks, gather, bias, epilogue);
   }
 }
 

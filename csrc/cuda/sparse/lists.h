@@ -28,6 +28,18 @@ struct BoundParams {
   float* bound2 = nullptr;  // (rows,), base 2
 };
 
+struct BoundColumnsParams {
+  const int64_t* targets = nullptr;  // (N,)
+  RowOrder order;
+  int64_t vocab = 0, vocab_start = 0;  // this shard's
+  int strided = 0, sampled = 0;        // columns at equal distances, targets of rows at equal distances
+  int64_t* ids = nullptr;              // (strided + sampled,)
+  uint8_t* counts = nullptr;           // likewise: 0 for ids that are there twice, or not in the shard
+};
+
+// The columns whose logits bound the lse from below.
+cudaError_t bound_columns(const BoundColumnsParams& params, cudaStream_t stream);
+
 // A lower bound of each row's lse, from above by at most a factor for odd rows; see cce_ext/sparse/reference.py.
 cudaError_t row_bounds(const BoundParams& params, cudaStream_t stream);
 
@@ -61,6 +73,46 @@ struct KeepParams {
 cudaError_t count_kept(const KeepParams& params, cudaStream_t stream);
 cudaError_t write_kept(const KeepParams& params, cudaStream_t stream);
 
+struct PlaceParams {
+  const int32_t* kept = nullptr;       // (blocks, parts), by count_kept
+  const int32_t* found = nullptr;      // (blocks,) candidates
+  const int32_t* row_count = nullptr;  // (1,)
+  int64_t blocks = 0, pool_capacity = 0, capacity = 0;
+  int64_t* first = nullptr;  // (blocks, parts)
+  uint8_t* exact = nullptr;  // (blocks,), set where a block's entries do not fit
+  int64_t* tally = nullptr;  // (4,): candidates, kept entries, row blocks that overflowed, row blocks
+};
+
+// Where count_kept's entries go.
+cudaError_t place_kept(const PlaceParams& params, cudaStream_t stream);
+
+// Keys (V,) that sort ids (V,) by falling count, the smaller id first; no count exceeds n.
+cudaError_t hot_keys(const int32_t* counts, int64_t n, int64_t vocab, int32_t* keys, int32_t* ids,
+                     cudaStream_t stream);
+// The first `hot` (at most 1024) ids of that order, ascending, and their places in slots (V,), which holds -1.
+cudaError_t hot_ids(const int32_t* ranked, int64_t hot, int64_t* ids, int32_t* slots,
+                    cudaStream_t stream);
+
+struct UnpackParams {
+  const int64_t* keys = nullptr;  // (capacity,), sorted; all ones: unused
+  int id_bits = 0;
+  int64_t capacity = 0, n = 0;
+  RowOrder order;
+  const uint8_t* exact = nullptr;  // (row blocks,)
+  int32_t* ids = nullptr;          // (capacity,)
+  int32_t* rows = nullptr;         // (capacity,)
+  int32_t* numbers = nullptr;      // (capacity,): 0, 1, 2, ...
+  int32_t* row_first = nullptr;    // (N + 1,): where a position's entries start
+  int32_t* row_hot = nullptr;      // (N,): where those of hot ids start
+  uint8_t* exact_rows = nullptr;   // (N,) by row
+};
+
+cudaError_t unpack_keys(const UnpackParams& params, cudaStream_t stream);
+
+// Where each id's entries start in sorted_ids (capacity,); column_first (V + 1,).
+cudaError_t column_starts(const int32_t* sorted_ids, int64_t capacity, int64_t vocab,
+                          int32_t* column_first, cudaStream_t stream);
+
 // Sorts (key, value) pairs of four bytes of value by the keys' low `bits`, stable.
 size_t sort_pairs_workspace(int64_t count, bool wide_keys);
 cudaError_t sort_wide(const int64_t* keys, const float* values, int64_t* keys_out,
@@ -89,6 +141,32 @@ struct MassParams {
 cudaError_t dropped_mass(const MassParams& params, cudaStream_t stream);
 
 // ---- backward ----
+
+struct BackwardRowsParams {
+  const float* dnll = nullptr;  // (N,) or null: 0
+  const float* dlse = nullptr;  // (N,) or null: 0
+  const int64_t* targets = nullptr;
+  const float* mass = nullptr;      // (N, groups)
+  const uint8_t* listed = nullptr;  // (N,): rows that go the exact way whatever T is
+  int64_t n = 0, ignore_index = 0;
+  int groups = 0, sample = 0;
+  float flat = 0.0f;  // T from which all rows go the exact way
+  // By backward_shares:
+  float* a = nullptr;         // (N,): dnll + dlse
+  float* d = nullptr;         // (N,): dnll
+  float* row_mass = nullptr;  // (N,)
+  float* share = nullptr;     // (1,): T; shards of a vocabulary add theirs up before backward_sample
+  // By backward_sample, which clears a and d of exact rows:
+  float* d_all = nullptr;        // (N,): d as it was
+  uint8_t* exact = nullptr;      // (N,)
+  float* exact_share = nullptr;  // (1,): of the rows that count
+  int64_t* cumulated = nullptr;  // (N,): workspace
+  int64_t* rows = nullptr;       // (sample,): at equal steps of the cumulated |a| mass
+  float* weight = nullptr;       // (N,): what each row's tail counts in a sum of samples
+};
+
+cudaError_t backward_shares(const BackwardRowsParams& params, cudaStream_t stream);
+cudaError_t backward_sample(const BackwardRowsParams& params, cudaStream_t stream);
 
 struct WeightParams {
   const int32_t* count = nullptr;  // (1,): entries

@@ -1,0 +1,190 @@
+// The small steps between the counting of kept entries and their lists: where each part's entries go, which ids are hot, and
+// what the sorted keys say. One block where everything depends on everything, one thread an entry or a boundary elsewhere.
+#include <cub/block/block_radix_sort.cuh>
+#include <cub/block/block_reduce.cuh>
+#include <cub/block/block_scan.cuh>
+
+#include "cuda/sparse/lists.h"
+
+namespace cce::cuda {
+namespace {
+
+constexpr int kBlock = 1024, kThreads = 256;
+
+// Sampled columns: equal steps through the vocabulary, then the distinct ids among targets at equal steps through the rows.
+__global__ void __launch_bounds__(kBlock)
+    bound_columns_kernel(const __grid_constant__ BoundColumnsParams p) {
+  using Sort = cub::BlockRadixSort<int64_t, kBlock, 1>;
+  __shared__ typename Sort::TempStorage storage;
+  __shared__ int64_t sorted[kBlock];
+  const int i = threadIdx.x;
+  for (int c = i; c < p.strided; c += kBlock) {
+    p.ids[c] = static_cast<int64_t>(c) * p.vocab / p.strided;
+    p.counts[c] = 1;
+  }
+  constexpr int64_t kNone = int64_t{1} << 62;
+  int64_t id[1] = {kNone};
+  if (i < p.sampled) {
+    const int64_t place = static_cast<int64_t>(i) * *p.order.count / p.sampled;
+    const int64_t local = p.targets[p.order.rows[place]] - p.vocab_start;
+    if (local >= 0 && local < p.vocab) id[0] = local;
+  }
+  Sort(storage).Sort(id);
+  sorted[i] = id[0];
+  __syncthreads();
+  if (i >= p.sampled) return;
+  const bool fresh = id[0] != kNone && (i == 0 || sorted[i - 1] != id[0]);
+  p.ids[p.strided + i] = id[0] == kNone ? 0 : id[0];
+  p.counts[p.strided + i] = fresh;
+}
+
+// Where the parts' entries start; blocks beyond the lists' capacity go the exact way; the tally.
+__global__ void __launch_bounds__(kBlock) place_kernel(const __grid_constant__ PlaceParams p) {
+  using Scan = cub::BlockScan<int64_t, kBlock>;
+  using Sum = cub::BlockReduce<int64_t, kBlock>;
+  __shared__ union {
+    typename Scan::TempStorage scan;
+    typename Sum::TempStorage sum;
+  } storage;
+  int64_t before = 0, found = 0, overflowed = 0;
+  for (int64_t base = 0; base < p.blocks; base += kBlock) {
+    const int64_t block = base + threadIdx.x;
+    int64_t mine = 0;
+    if (block < p.blocks) {
+      for (int i = 0; i < kKeepParts; ++i) mine += p.kept[block * kKeepParts + i];
+      found += p.found[block];
+      overflowed += p.found[block] > p.pool_capacity;
+    }
+    int64_t start, all;
+    Scan(storage.scan).ExclusiveSum(mine, start, all);
+    __syncthreads();
+    if (block < p.blocks) {
+      start += before;
+      if (start + mine > p.capacity) p.exact[block] = 1;
+      for (int i = 0; i < kKeepParts; ++i) {
+        p.first[block * kKeepParts + i] = start;
+        start += p.kept[block * kKeepParts + i];
+      }
+    }
+    before += all;
+  }
+  found = Sum(storage.sum).Sum(found);
+  __syncthreads();
+  overflowed = Sum(storage.sum).Sum(overflowed);
+  if (threadIdx.x == 0) {
+    p.tally[0] = found;
+    p.tally[1] = before;
+    p.tally[2] = overflowed;
+    p.tally[3] = (*p.row_count + 127) / 128;
+  }
+}
+
+// Keys that sort ids by falling count.
+__global__ void hot_keys_kernel(const int32_t* counts, int32_t n, int64_t vocab, int32_t* keys,
+                                int32_t* ids) {
+  const int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
+  if (i >= vocab) return;
+  keys[i] = n - counts[i];
+  ids[i] = static_cast<int32_t>(i);
+}
+
+// The first ids of that order, ascending, and their places.
+__global__ void __launch_bounds__(kBlock)
+    hot_ids_kernel(const int32_t* ranked, int hot, int64_t* ids, int32_t* slots) {
+  using Sort = cub::BlockRadixSort<int32_t, kBlock, 1>;
+  __shared__ typename Sort::TempStorage storage;
+  int32_t id[1] = {static_cast<int>(threadIdx.x) < hot ? ranked[threadIdx.x] : 0x7fffffff};
+  Sort(storage).Sort(id);
+  if (static_cast<int>(threadIdx.x) >= hot) return;
+  ids[threadIdx.x] = id[0];
+  slots[id[0]] = threadIdx.x;
+}
+
+// Keys into ids and rows; unused ones into an id beyond all.
+__global__ void unpack_kernel(const __grid_constant__ UnpackParams p) {
+  const int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
+  if (i >= p.capacity) return;
+  const int64_t key = p.keys[i], mask = (int64_t{1} << p.id_bits) - 1;
+  const int64_t position = key >> (p.id_bits + 1);
+  p.ids[i] = static_cast<int32_t>(key & mask);
+  p.rows[i] = p.order.rows[position >= 0 && position < p.n ? position : p.n - 1];
+  p.numbers[i] = static_cast<int32_t>(i);
+}
+
+// The first of `count` ascending values that is at least `bound`; negative values count as largest.
+template <typename T>
+__device__ int32_t first_at_least(const T* values, int64_t count, T bound) {
+  int64_t low = 0, high = count;
+  while (low < high) {
+    const int64_t middle = (low + high) / 2;
+    const T value = values[middle];
+    if (value >= 0 && value < bound)
+      low = middle + 1;
+    else
+      high = middle;
+  }
+  return static_cast<int32_t>(low);
+}
+
+// Where positions, and in them the hot ids, start; and which rows go the exact way.
+__global__ void row_starts_kernel(const __grid_constant__ UnpackParams p) {
+  const int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
+  if (i > 2 * p.n) return;
+  const int32_t at = first_at_least(p.keys, p.capacity, i << p.id_bits);
+  if (i % 2 == 0)
+    p.row_first[i / 2] = at;
+  else
+    p.row_hot[i / 2] = at;
+  if (i < p.n) p.exact_rows[p.order.rows[i]] = i < *p.order.count && p.exact[i / 128];
+}
+
+__global__ void column_starts_kernel(const int32_t* sorted_ids, int64_t capacity, int64_t vocab,
+                                     int32_t* column_first) {
+  const int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
+  if (i <= vocab)
+    column_first[i] = first_at_least(sorted_ids, capacity, static_cast<int32_t>(i));
+}
+
+int blocks_for(int64_t threads) { return static_cast<int>((threads + kThreads - 1) / kThreads); }
+
+}  // namespace
+
+cudaError_t bound_columns(const BoundColumnsParams& params, cudaStream_t stream) {
+  if (params.sampled > kBlock) return cudaErrorInvalidValue;
+  bound_columns_kernel<<<1, kBlock, 0, stream>>>(params);
+  return cudaGetLastError();
+}
+
+cudaError_t place_kept(const PlaceParams& params, cudaStream_t stream) {
+  place_kernel<<<1, kBlock, 0, stream>>>(params);
+  return cudaGetLastError();
+}
+
+cudaError_t hot_keys(const int32_t* counts, int64_t n, int64_t vocab, int32_t* keys, int32_t* ids,
+                     cudaStream_t stream) {
+  hot_keys_kernel<<<blocks_for(vocab), kThreads, 0, stream>>>(counts, static_cast<int32_t>(n),
+                                                              vocab, keys, ids);
+  return cudaGetLastError();
+}
+
+cudaError_t hot_ids(const int32_t* ranked, int64_t hot, int64_t* ids, int32_t* slots,
+                    cudaStream_t stream) {
+  if (hot > kBlock) return cudaErrorInvalidValue;
+  hot_ids_kernel<<<1, kBlock, 0, stream>>>(ranked, static_cast<int>(hot), ids, slots);
+  return cudaGetLastError();
+}
+
+cudaError_t unpack_keys(const UnpackParams& params, cudaStream_t stream) {
+  unpack_kernel<<<blocks_for(params.capacity), kThreads, 0, stream>>>(params);
+  row_starts_kernel<<<blocks_for(2 * params.n + 1), kThreads, 0, stream>>>(params);
+  return cudaGetLastError();
+}
+
+cudaError_t column_starts(const int32_t* sorted_ids, int64_t capacity, int64_t vocab,
+                          int32_t* column_first, cudaStream_t stream) {
+  column_starts_kernel<<<blocks_for(vocab + 1), kThreads, 0, stream>>>(sorted_ids, capacity, vocab,
+                                                                       column_first);
+  return cudaGetLastError();
+}
+
+}  // namespace cce::cuda

@@ -1,0 +1,183 @@
+// The sparse gradient's backward as ops; what lies between them is in cce_ext/sparse.
+#include "cuda/sparse/lists.h"
+#include "torch/cuda_call.h"
+
+namespace cce::torch_api {
+namespace {
+
+cuda::BackwardRowsParams backward_rows(const Tensor& targets, const Tensor& listed,
+                                       int64_t ignore_index) {
+  STD_TORCH_CHECK(listed.scalar_type() == ScalarType::Bool && listed.is_contiguous(),
+                  "listed must be bool and contiguous");
+  cuda::BackwardRowsParams p;
+  p.targets = i64(targets, "targets");
+  p.listed = static_cast<const uint8_t*>(listed.const_data_ptr());
+  p.n = targets.size(0);
+  p.ignore_index = ignore_index;
+  return p;
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> backward_shares_cuda(std::optional<Tensor> dnll,
+                                                                std::optional<Tensor> dlse,
+                                                                Tensor targets, Tensor mass,
+                                                                Tensor listed,
+                                                                int64_t ignore_index) {
+  const Guard guard(targets.get_device_index());
+  cuda::BackwardRowsParams p = backward_rows(targets, listed, ignore_index);
+  p.dnll = fp32_vector(dnll, "dnll");
+  p.dlse = fp32_vector(dlse, "dlse");
+  p.mass = f32(mass, "mass");
+  p.groups = static_cast<int>(mass.size(1));
+  const auto floats_of = [&](int64_t size) { return empty(targets, {size}, ScalarType::Float); };
+  const Tensor a = floats_of(p.n), d = floats_of(p.n), row_mass = floats_of(p.n);
+  const Tensor share = floats_of(1);
+  p.a = floats(a);
+  p.d = floats(d);
+  p.row_mass = floats(row_mass);
+  p.share = floats(share);
+  check_cuda(cuda::backward_shares(p, stream_of(targets)), "backward_shares");
+  return {a, d, row_mass, share};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward_sample_cuda(
+    Tensor a, Tensor d, Tensor row_mass, Tensor share, Tensor targets, Tensor listed,
+    int64_t ignore_index, double flat, int64_t sample) {
+  const Guard guard(targets.get_device_index());
+  cuda::BackwardRowsParams p = backward_rows(targets, listed, ignore_index);
+  p.a = f32(a, "a");
+  p.d = f32(d, "d");
+  p.row_mass = f32(row_mass, "row_mass");
+  p.share = f32(share, "share");
+  p.flat = static_cast<float>(flat);
+  p.sample = static_cast<int>(sample);
+  const Tensor exact = empty(targets, {p.n}, ScalarType::Bool);
+  const Tensor exact_share = empty(targets, {1}, ScalarType::Float);
+  const Tensor d_all = empty(targets, {p.n}, ScalarType::Float);
+  const Tensor weight = empty(targets, {p.n}, ScalarType::Float);
+  const Tensor rows = empty(targets, {sample}, ScalarType::Long);
+  const Tensor cumulated = empty(targets, {p.n}, ScalarType::Long);
+  p.exact = static_cast<uint8_t*>(exact.mutable_data_ptr());
+  p.exact_share = floats(exact_share);
+  p.d_all = floats(d_all);
+  p.weight = floats(weight);
+  p.rows = i64(rows, "rows");
+  p.cumulated = i64(cumulated, "cumulated");
+  check_cuda(cuda::backward_sample(p, stream_of(targets)), "backward_sample");
+  return {exact, exact_share, d_all, rows, weight};
+}
+
+Tensor entry_weights_cuda(Tensor count, Tensor rows, Tensor ids, Tensor logits, Tensor a, Tensor d,
+                          Tensor lse, Tensor targets, double softcap, double logit_scale,
+                          double label_smoothing, int64_t vocab_start, Tensor slots, Tensor dense,
+                          Tensor unit) {
+  const Guard guard(lse.get_device_index());
+  cuda::WeightParams p;
+  p.count = i32(count, "count");
+  p.rows = i32(rows, "rows");
+  p.ids = i32(ids, "ids");
+  p.logits = f32(logits, "logits");
+  p.a = f32(a, "a");
+  p.d = f32(d, "d");
+  p.lse = f32(lse, "lse");
+  p.targets = i64(targets, "targets");
+  p.capacity = ids.size(0);
+  p.options.softcap = softcap;
+  p.options.logit_scale = logit_scale;
+  p.options.label_smoothing = label_smoothing;
+  p.options.vocab_start = vocab_start;
+  p.slots = i32(slots, "slots");
+  p.dtype = kernel_dtype(dense);
+  p.dense = dense.mutable_data_ptr();
+  p.hot = dense.size(1);
+  p.unit = f32(unit, "unit");
+  Tensor weights = empty(lse, {p.capacity}, ScalarType::Float);
+  p.weights = floats(weights);
+  check_cuda(cuda::entry_weights(p, stream_of(lse)), "entry_weights");
+  return weights;
+}
+
+// Whether out is float beside a 16-bit other.
+bool is_fp32_beside(const Tensor& out, const Tensor& other, const char* name) {
+  if (out.scalar_type() == ScalarType::Float) return true;
+  STD_TORCH_CHECK(out.scalar_type() == other.scalar_type(), name,
+                  " must be float32 or of the inputs' dtype");
+  return false;
+}
+
+void gather_cuda(Tensor out, Tensor source, Tensor first, Tensor last, Tensor items, Tensor weights,
+                 std::optional<Tensor> order, std::optional<Tensor> out_rows,
+                 std::optional<Tensor> sums) {
+  const Guard guard(out.get_device_index());
+  STD_TORCH_CHECK(out.size(1) == source.size(1) && out.stride(1) == 1 && source.stride(1) == 1,
+                  "out and source must have the same columns, one beside the other");
+  cuda::GatherParams p;
+  p.dtype = kernel_dtype(source);
+  p.source = source.const_data_ptr();
+  p.source_ld = source.stride(0);
+  p.out = out.mutable_data_ptr();
+  p.out_ld = out.stride(0);
+  p.out_fp32 = is_fp32_beside(out, source, "out");
+  p.width = static_cast<int>(source.size(1));
+  p.first = i32(first, "first");
+  p.last = i32(last, "last");
+  p.items = i32(items, "items");
+  p.weights = f32(weights, "weights");
+  if (order) p.order = i32(*order, "order");
+  if (out_rows) p.out_rows = i32(*out_rows, "out_rows");
+  if (sums) p.sums = f32(*sums, "sums");
+  p.segments = first.size(0);
+  p.partition_bytes = cuda::gather_workspace(p.segments);
+  Tensor work = empty(out, {3, p.segments}, ScalarType::Int);
+  Tensor work_counts = empty(out, {2}, ScalarType::Int);
+  Tensor partition = empty(out, {static_cast<int64_t>(p.partition_bytes)}, ScalarType::Byte);
+  p.work = i32(work, "work");
+  p.work_counts = i32(work_counts, "work_counts");
+  p.partition = partition.mutable_data_ptr();
+  check_cuda(cuda::gather_rows(p, stream_of(out)), "gather");
+}
+
+cuda::Gradient gradient(const std::optional<Tensor>& t, const Tensor& e, const char* name) {
+  cuda::Gradient g;
+  if (!t) return g;
+  STD_TORCH_CHECK(t->stride(1) == 1, name, " must be stored row by row");
+  g.data = t->mutable_data_ptr();
+  g.ld = t->stride(0);
+  g.width = t->size(1);
+  g.fp32 = is_fp32_beside(*t, e, name);
+  return g;
+}
+
+// See the schema. All matrices readable as they are.
+void exact_rows_cuda(std::optional<Tensor> de, std::optional<Tensor> dc,
+                     std::optional<Tensor> dbias, std::optional<Tensor> du,
+                     std::optional<Tensor> dlora_b, Tensor e, Tensor c, std::optional<Tensor> bias,
+                     std::optional<Tensor> u, std::optional<Tensor> lora_b, Tensor row_order,
+                     Tensor row_count, Tensor row_gradients, double softcap, double logit_scale,
+                     double label_smoothing) {
+  const Guard guard(e.get_device_index());
+  cuda::ExactRowsParams p;
+  p.head = readable_head(e, c, bias, u, lora_b, row_order, row_count, softcap, logit_scale,
+                         label_smoothing);
+  p.rows = static_cast<const cuda::RowGradient*>(row_gradients.const_data_ptr());
+  p.n = row_order.size(0);
+  p.de = gradient(de, e, "de");
+  p.dc = gradient(dc, e, "dc");
+  p.du = gradient(du, e, "du");
+  p.dlora_b = gradient(dlora_b, e, "dlora_b");
+  if (dbias) p.dbias = f32(*dbias, "dbias");
+  Tensor workspace =
+      empty(e, {cuda::exact_rows_workspace(p.n, p.de.width + p.du.width)}, ScalarType::Byte);
+  p.workspace = workspace.mutable_data_ptr();
+  check_cuda(backend().exact_rows(p, stream_of(e)), "exact_rows");
+}
+
+}  // namespace
+}  // namespace cce::torch_api
+
+STABLE_TORCH_LIBRARY_IMPL(cce, CUDA, m) {
+  m.impl("backward_shares", TORCH_BOX(&cce::torch_api::backward_shares_cuda));
+  m.impl("backward_sample_", TORCH_BOX(&cce::torch_api::backward_sample_cuda));
+  m.impl("entry_weights", TORCH_BOX(&cce::torch_api::entry_weights_cuda));
+  m.impl("gather_", TORCH_BOX(&cce::torch_api::gather_cuda));
+  m.impl("exact_rows_", TORCH_BOX(&cce::torch_api::exact_rows_cuda));
+}
