@@ -19,8 +19,9 @@ from cce_ext.distributed.vocab_parallel import ShardKernels, sharded_loss
 from cce_ext.options import Filter, LossOptions
 from cce_ext.reference import logits
 from cce_ext.sparse import tail
-from cce_ext.sparse.forward import Lists
+from cce_ext.sparse.forward import Found, Lists
 from cce_ext.sparse.reference import Shard, SparseGradients, sparse_gradients
+from cce_ext.sparse.shard import _by_groups
 from tests.ranks import run_ranks
 from tests.sparse_problem import EPS, NAMES, Problem, by_group, error, make
 
@@ -160,6 +161,35 @@ def decisions(rank: int, world: int) -> None:
 
 def test_what_the_ranks_decide(tmp_path: Path) -> None:
     run_ranks(decisions, 2, tmp_path)
+
+
+@pytest.mark.parametrize("v", [300, tail.GROUP, 9001, 3 * tail.GROUP - 1])
+@pytest.mark.parametrize("parts", [1, 3, 18])
+def test_splits_of_a_group_are_merged(v: int, parts: int) -> None:
+    g = torch.Generator().manual_seed(0)
+    x = 20 * torch.randn(40, v, generator=g, dtype=torch.float64)
+    x[:7, : tail.GROUP] = -torch.inf
+    weight = torch.rand(40, v, generator=g, dtype=torch.float64)
+
+    def partials(size: int) -> tuple[Tensor, Tensor, Tensor]:
+        largest = torch.stack([part.amax(1) for part in x.split(size, 1)])
+        pieces = [
+            torch.exp2(part - torch.where(top == -torch.inf, 0, top)[:, None])
+            for part, top in zip(x.split(size, 1), largest, strict=True)
+        ]
+        capped = zip(pieces, weight.split(size, 1), strict=True)
+        sums = (
+            torch.stack([p.sum(1) for p in pieces]),
+            torch.stack([(p * w).sum(1) for p, w in capped]),
+        )
+        return largest, *sums
+
+    none = torch.empty(0)
+    largest, total, capped = partials(tail.GROUP // parts)
+    merged = _by_groups(Found(torch.stack([largest, total], -1), capped, none, none), v)
+    expected = partials(tail.GROUP)
+    for got, truth in zip((*merged.max_sum.unbind(-1), merged.capped), expected, strict=True):
+        torch.testing.assert_close(got, truth)
 
 
 class Kernels:

@@ -255,16 +255,6 @@ def sharded_loss(
         dtype = torch.get_autocast_dtype(device)
         floats = (e, c, bias, u, lora_b)
         e, c, bias, u, lora_b = (None if t is None else t.to(dtype) for t in floats)
-    return _ShardedLoss.apply(
-        kernels,
-        parallel.group,
-        parallel.start,
-        vocab_total,
-        options,
-        e,
-        c,
-        targets,
-        bias,
-        u,
-        lora_b,
-    )
+    call = (kernels, parallel.group, parallel.start, vocab_total, options)
+    with torch.autocast(device, enabled=False):
+        return _ShardedLoss.apply(*call, e, c, targets, bias, u, lora_b)
