@@ -235,9 +235,9 @@ def _row_gradient(spread: tail.Spread, kept: _Kept, source: Tensor, like: Tensor
 def _column_gradient(spread: tail.Spread, kept: _Kept, source: Tensor, like: Tensor) -> Tensor:
     """The gradient by `like` (V, width): tail and kept entries; source (N, width)."""
     lists = kept.lists
-    out = torch.empty(like.shape, device=like.device, dtype=source.dtype)
+    dtype = like.dtype if like.dtype == source.dtype else torch.float32
+    out = torch.empty(like.shape, device=like.device, dtype=dtype)
     tail.column_gradient(spread, kept.hot, source, out)
-    out = out.to(like.dtype)
     first, last = lists.column_first[:-1], lists.column_first[1:]
     cold = torch.where(lists.slots < 0, last, first)
     torch.ops.cce.gather_(

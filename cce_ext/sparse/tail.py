@@ -24,6 +24,8 @@ _SHARED = 1e-3
 FLAT = 0.10
 # Rows that drop less than this have no tail worth a sample, and 1 / mass would not be finite.
 _NOTHING = 1e-30
+# Groups at a time where a gradient is wider than its factors.
+_STRETCH = 8
 # What shapes are multiplied by in float16, whose numbers end at 6e-8: they are about 1 / GROUP.
 _LIFT = 64.0
 
@@ -184,7 +186,7 @@ def row_gradient(tail: Spread, dense: Dense, weight: Tensor) -> Tensor:
 
 def column_gradient(tail: Spread, dense: Dense, hidden: Tensor, out: Tensor) -> None:
     """out (V, width) = what tail and hot ids add to the gradients by columns, Σ_n g[n, j]
-    hidden[n]; hidden (N, width)."""
+    hidden[n]; hidden (N, width). out may be wider than hidden."""
     mass, shape, unit = _factors(tail, hidden.dtype)
     k, g = mass.shape[1:]
     centers = (wide_mm(mass.flatten(1).T, hidden) * unit).to(hidden.dtype)
@@ -192,12 +194,19 @@ def column_gradient(tail: Spread, dense: Dense, hidden: Tensor, out: Tensor) -> 
     del mass  # the gradients exist by now: this is where memory is at its highest
     vocab = out.shape[0]
     whole = vocab // GROUP
-    if whole:
-        grouped = shape[:, : whole * GROUP].T.unflatten(0, (whole, GROUP))
-        to = out[: whole * GROUP].unflatten(0, (whole, GROUP))
-        torch.bmm(grouped, centers[:whole], out=to)
+    # A wider output goes through a stretch of groups at a time, not through a second array of its size.
+    step = max(whole, 1) if out.dtype == hidden.dtype else _STRETCH
+    for first in range(0, whole, step):
+        last = min(first + step, whole)
+        ids = slice(first * GROUP, last * GROUP)
+        grouped = shape[:, ids].T.unflatten(0, (last - first, GROUP))
+        to = out[ids].unflatten(0, (last - first, GROUP))
+        if out.dtype == hidden.dtype:
+            torch.bmm(grouped, centers[first:last], out=to)
+        else:
+            to.copy_(torch.bmm(grouped, centers[first:last]))
     if vocab % GROUP:
-        torch.mm(shape[:, whole * GROUP :].T, centers[-1], out=out[whole * GROUP :])
+        out[whole * GROUP :] = shape[:, whole * GROUP :].T @ centers[-1]
     del shape, centers
     hot = wide_mm(dense.values.T, hidden).mul_(dense.unit)
     hot += out[dense.ids]

@@ -11,6 +11,7 @@ namespace cce::cuda {
 struct Backend {
   const char* name;
   int block_m, block_n;          // tile of the forward: the partials' layout follows from it
+  bool wants_compact_rows;       // whether Head::e_compact makes it faster
   std::string (*unsupported)();  // why it cannot run on the current device, or empty
   cudaError_t (*forward)(const ForwardParams&, cudaStream_t);
   cudaError_t (*backward)(const BackwardParams&, cudaStream_t);

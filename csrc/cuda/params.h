@@ -34,8 +34,10 @@ constexpr int kGroupCols = 4608;
 // The long-K product z = [E, U] [C, B]ᵀ over one stretch of the vocabulary.
 struct Head {
   Dtype dtype = Dtype::kBFloat16;
-  Matrix e, c;                  // (N, D), (cols, D)
-  Matrix u, lora_b;             // (N, R), (cols, R); no rows without a low-rank head
+  Matrix e, c;       // (N, D), (cols, D)
+  Matrix u, lora_b;  // (N, R), (cols, R); no rows without a low-rank head
+  // E and U with their rows in the order, filled where not all rows count. No data: rows are gathered where they are read.
+  Matrix e_compact, u_compact;
   const float* bias = nullptr;  // (cols,) or null
   int64_t first_col = 0;        // shard-local id of c's first row
   RowOrder order;

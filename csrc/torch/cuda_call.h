@@ -31,10 +31,18 @@ T* data(const Tensor& t, ScalarType dtype, const char* name) {
                   " has another dtype than expected or is not contiguous");
   return static_cast<T*>(t.mutable_data_ptr());
 }
-inline float* f32(const Tensor& t, const char* name) { return data<float>(t, ScalarType::Float, name); }
-inline int32_t* i32(const Tensor& t, const char* name) { return data<int32_t>(t, ScalarType::Int, name); }
-inline int64_t* i64(const Tensor& t, const char* name) { return data<int64_t>(t, ScalarType::Long, name); }
-inline uint8_t* u8(const Tensor& t, const char* name) { return data<uint8_t>(t, ScalarType::Byte, name); }
+inline float* f32(const Tensor& t, const char* name) {
+  return data<float>(t, ScalarType::Float, name);
+}
+inline int32_t* i32(const Tensor& t, const char* name) {
+  return data<int32_t>(t, ScalarType::Int, name);
+}
+inline int64_t* i64(const Tensor& t, const char* name) {
+  return data<int64_t>(t, ScalarType::Long, name);
+}
+inline uint8_t* u8(const Tensor& t, const char* name) {
+  return data<uint8_t>(t, ScalarType::Byte, name);
+}
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -164,12 +172,26 @@ inline int64_t launch_cols(const Inputs& in) {
   return std::max<int64_t>(1, kPackBytes / bytes / kGroupCols) * kGroupCols;
 }
 
+// Room for a matrix's rows in the order, and the copy.
+inline Tensor compacted(const Tensor& t, const Order& order, cudaStream_t stream) {
+  const int64_t n = t.size(0), cols = t.size(1);
+  Tensor copy = empty(t, {n, ceil_div(cols, 8) * 8}, t.scalar_type());
+  cuda::Matrix to = matrix(copy);
+  to.cols = cols;
+  check_cuda(cuda::compact_rows(matrix(t), order.view(), n, to, stream), "compact_rows");
+  return copy;
+}
+
+// compact: memory for a second E may be taken.
 inline void fill_partials(const Inputs& in, const cuda::Backend& backend, const Order& order,
                           const Tensor& bias, const PartialBuffers& partials,
-                          const cuda::Candidates& candidates, cudaStream_t stream) {
+                          const cuda::Candidates& candidates, bool compact, cudaStream_t stream) {
   const ScalarType dtype = in.e.scalar_type();
   const Tensor e = readable(in.e, dtype);
   const Tensor u = in.u ? readable(*in.u, dtype) : Tensor();
+  compact = compact && backend.wants_compact_rows;
+  const Tensor e_compact = compact ? compacted(e, order, stream) : Tensor();
+  const Tensor u_compact = compact && in.u ? compacted(u, order, stream) : Tensor();
   const int64_t step = launch_cols(in);
   for (int64_t first = 0; first < in.v; first += step) {
     const int64_t cols = std::min(step, in.v - first);
@@ -180,6 +202,13 @@ inline void fill_partials(const Inputs& in, const cuda::Backend& backend, const 
     p.head.e = matrix(e);
     p.head.c = matrix(c);
     if (in.u) p.head.u = matrix(u), p.head.lora_b = matrix(b);
+    const auto as = [](const Tensor& t, cuda::Matrix like) {
+      like.data = t.const_data_ptr();
+      like.ld = t.stride(0);
+      return like;
+    };
+    if (compact) p.head.e_compact = as(e_compact, p.head.e);
+    if (compact && in.u) p.head.u_compact = as(u_compact, p.head.u);
     p.head.bias = bias.defined() ? floats(bias) + first : nullptr;
     p.head.first_col = first;
     p.head.order = order.view();

@@ -21,7 +21,7 @@ ForwardResult forward_cuda(Tensor e, Tensor c, Tensor targets, std::optional<Ten
   const Order order(in, stream);
   const Tensor bias32 = fp32_bias(in.bias);
   const PartialBuffers partials(in, chosen, metrics, false);
-  fill_partials(in, chosen, order, bias32, partials, {}, stream);
+  fill_partials(in, chosen, order, bias32, partials, {}, false, stream);
   const Tensor target_logit = gather_target_logits(in, order, bias32, stream);
   return finish(in, order, partials, target_logit, metrics, stream);
 }

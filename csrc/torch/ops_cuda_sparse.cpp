@@ -101,7 +101,7 @@ TrainingResult training_forward_cuda(Tensor e, Tensor c, Tensor targets, std::op
   candidates.pool = static_cast<uint2*>(pool.mutable_data_ptr());
   candidates.counts = i32(counts, "counts");
   candidates.capacity = capacity;
-  fill_partials(in, chosen, order, bias32, partials, candidates, stream);
+  fill_partials(in, chosen, order, bias32, partials, candidates, true, stream);
   const auto [nll, lse, same, logit_sum, max_logit, argmax, entropy] =
       finish(in, order, partials, target_logit, metrics, stream);
   const Tensor capped =
@@ -134,8 +134,8 @@ cuda::KeepParams keep_params(const Tensor& pool, const Tensor& counts, const Ten
 
 // (N, groups): Σ p softcap' of each row's and group's dropped entries.
 Tensor dropped_mass(Tensor max_sum, Tensor capped, Tensor first, Tensor hot, Tensor ids,
-                         Tensor logits, Tensor row_order, Tensor row_count, Tensor lse,
-                         int64_t shard_size, double softcap) {
+                    Tensor logits, Tensor row_order, Tensor row_count, Tensor lse,
+                    int64_t shard_size, double softcap) {
   cuda::MassParams p;
   p.n = lse.size(0);
   p.splits = static_cast<int>(max_sum.size(0));
@@ -239,8 +239,9 @@ Lists keep_lists_cuda(Tensor pool, Tensor counts, Tensor bound2, Tensor row_orde
   place.tally = i64(tally, "tally");
   check_cuda(cuda::place_kept(place, stream), "place_kept");
 
-  // A key: position, one bit for hot ids, id. All ones, larger than any in the bits that are sorted: unused.
-  const int id_bits = bit_length(shard_size), key_bits = id_bits + 1 + bit_length(n);
+  // A key: position, one bit for hot ids, id. All ones: unused; larger than any other in the bits that are sorted, because
+  // no id is all ones.
+  const int id_bits = bit_length(shard_size), key_bits = id_bits + 1 + bit_length(n - 1);
   const auto [hot_ids, slots] = choose_hot(column_counts, n, hot, stream);
   const Tensor unsorted_keys = empty(lse, {capacity}, ScalarType::Long);
   const Tensor unsorted_logits = zeros(lse, {capacity}, ScalarType::Float);
@@ -276,8 +277,8 @@ Lists keep_lists_cuda(Tensor pool, Tensor counts, Tensor bound2, Tensor row_orde
              "column_starts");
   const Tensor mass = dropped_mass(max_sum, capped, row_first, row_hot, ids, logits, row_order,
                                    row_count, lse, shard_size, softcap);
-  return {rows,    ids,   logits, order,      row_first, row_hot, column_first,
-          hot_ids, slots, mass,   exact_rows, tally};
+  return {rows,         ids,     logits, order, row_first,  row_hot,
+          column_first, hot_ids, slots,  mass,  exact_rows, tally};
 }
 
 }  // namespace

@@ -17,6 +17,7 @@ inline Work make_work(const Head& head, int64_t n, int tiles_per_split, int bloc
   w.lora_b = head.lora_b;
   w.row_order = head.order.rows;
   w.row_count = head.order.count;
+  w.compact = head.e_compact.data != nullptr;
   w.n = static_cast<int>(n);
   w.column_tiles = static_cast<int>((head.c.rows + block_n - 1) / block_n);
   w.tiles_per_split = tiles_per_split;

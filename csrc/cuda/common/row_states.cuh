@@ -66,7 +66,8 @@ __device__ __forceinline__ void fold_row(const float (&acc)[kElements], int h,
   if constexpr (kMode != Mode::kPlain)
     more = want.logit_sum || want.capped || (kMode == Mode::kMetrics && want.weighted);
   if (more)
-    part = thread_sums<Columns, kMode == Mode::kMetrics>(acc, h, reference, want.capped, p.inv_softcap, first_col, p.cols);
+    part = thread_sums<Columns, kMode == Mode::kMetrics>(acc, h, reference, want.capped,
+                                                         p.inv_softcap, first_col, p.cols);
   else
     part.sum = thread_sum_exp2(acc, h, scale, reference);
   const float sum = quad_sum(part.sum), rescale = ptx::ex2(old - reference);

@@ -11,7 +11,8 @@ struct Work {
   Matrix e, c, u, lora_b;
   const int32_t* row_order = nullptr;
   const int32_t* row_count = nullptr;
-  int n = 0;  // rows in the order, ignored ones included
+  bool compact = false;  // whether E and U are there in the row order too
+  int n = 0;             // rows in the order, ignored ones included
   int column_tiles = 0;
   int tiles_per_split = 1;
   int splits = 1;

@@ -53,7 +53,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
     const int first = at.tile * Config::kBlockN + group * Config::kWarpN + Columns::first();
     const bool ragged = (at.tile + 1) * Config::kBlockN > logits.cols;
     const CandidateSink<Config::kWarps, kBufferedCandidates, 8> sink{buffers, warp, candidates,
-                                                                      at.row_block};
+                                                                     at.row_block};
 #pragma unroll
     for (int m = 0; m < Config::kMmaM; ++m) {
       if constexpr (kMode != Mode::kPlain) {
@@ -67,8 +67,8 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
         float cut = 0.0f;
         if constexpr (kTraining)
           cut = row_cut(candidates, work.row_order, at.row_block * Config::kBlockM + row, count);
-        fold_row<kMode, kTraining, Columns>(acc[m], h, states, group, row, scale, first_col,
-                                               first, logits, out, cut, candidates.log2_eps, sink);
+        fold_row<kMode, kTraining, Columns>(acc[m], h, states, group, row, scale, first_col, first,
+                                            logits, out, cut, candidates.log2_eps, sink);
       }
     }
     const int row_block = at.row_block;
@@ -79,7 +79,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
       if (threadIdx.x < Config::kBlockM) {
         const int position = row_block * Config::kBlockM + threadIdx.x;
         write_partial<kMode>(states, threadIdx.x, out, split * ld + position, first_col,
-                                position < count);
+                             position < count);
         reset_row(states, threadIdx.x);
       }
       // The next tile's mainloop has a barrier before anybody folds into the cleared rows.

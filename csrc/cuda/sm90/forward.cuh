@@ -63,8 +63,8 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
         if constexpr (kTraining)
           cut = row_cut(candidates, work.row_order, at.row_block * Config::kBlockM + row, count);
         fold_row<kMode, kTraining, PairedColumns>(acc[0], h, states, 0, row, scale, first_col,
-                                                     first, logits, out, cut, candidates.log2_eps,
-                                                     sink);
+                                                  first, logits, out, cut, candidates.log2_eps,
+                                                  sink);
       }
 #pragma unroll
       for (int i = 0; i < Config::kAccumulators; ++i) acc[0][i] = acc[1][i];
@@ -79,11 +79,12 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
       const int row = warp_row + 64 * (i / 2) + 8 * (i % 2);
       const int position = at.row_block * Config::kBlockM + row;
       write_partial<kMode>(states, row, out, int64_t{at.split()} * ld + position, first_col,
-                              position < count);
+                           position < count);
       reset_row(states, row);
     }
   };
-  run_block<T>(work, maps, shared, count, kMode != Mode::kPlain ? logits.bias : nullptr, prepare, epilogue);
+  run_block<T>(work, maps, shared, count, kMode != Mode::kPlain ? logits.bias : nullptr, prepare,
+               epilogue);
 }
 
 }  // namespace cce::cuda::sm90

@@ -5,8 +5,9 @@
 // full and an empty barrier a stage. Persistent, one block a multiprocessor, three warpgroups:
 // - Warpgroups 0 and 1 multiply: tile t of the block's stream belongs to warpgroup t % 2, all 128 rows of it (192
 //   accumulators a thread). While one runs its epilogue the other has the tensor cores ("ping-pong").
-// - Warpgroup 2 loads. Where every row counts, one thread issues tensor copies for both tiles. Where some are ignored, the
-//   rows of A are not neighbours: its 128 threads gather them by cp.async, 16 bytes each, and B still comes by tensor copy.
+// - Warpgroup 2 loads. Where every row counts, or there is a copy of E in the row order, one thread issues tensor copies for
+//   both tiles. Otherwise the rows of A are not neighbours: its 128 threads gather them by cp.async, 16 bytes each, a sixth
+//   slower in all, and B still comes by tensor copy.
 // Barrier protocol: full[s] completes when the bytes of the stage are there: one arrival (which names the bytes of the
 // tensor copies), and in gather mode 128 more, when each thread's own cp.async have landed; whoever multiplies then orders
 // them before the tensor cores' reads (fence.proxy.async). empty[s] completes by one arrival, of the warpgroup that has
@@ -79,9 +80,11 @@ __device__ __forceinline__ void init_barriers(const Pipeline& pipe, bool gather)
   ptx::fence_mbarrier_init();
 }
 
-// Both tiles of every slice by tensor copies; one thread.
+// Both tiles of every slice by tensor copies; one thread. compact: A tiles from the matrices in the row order.
 __device__ __forceinline__ void load_tiles(const Work& work, const Maps& maps, const Pipeline& pipe,
-                                           int row_blocks) {
+                                           int row_blocks, bool compact) {
+  const CUtensorMap* const e = compact ? &maps.e_compact : &maps.e;
+  const CUtensorMap* const u = compact ? &maps.u_compact : &maps.u;
   Ring ring;
   for (Cursor at(work, row_blocks); !at.done(); at.next_tile()) {
 #pragma unroll 1
@@ -91,8 +94,7 @@ __device__ __forceinline__ void load_tiles(const Work& work, const Maps& maps, c
       const uint32_t full = pipe.full + 8 * ring.stage;
       ptx::mbarrier_wait(pipe.empty + 8 * ring.stage, ring.phase ^ 1);
       ptx::mbarrier_arrive_expect(full, Config::kStageBytes);
-      ptx::tma_load(pipe.a(ring.stage), low_rank ? &maps.u : &maps.e, full, k,
-                    at.row_block * Config::kBlockM);
+      ptx::tma_load(pipe.a(ring.stage), low_rank ? u : e, full, k, at.row_block * Config::kBlockM);
       ptx::tma_load(pipe.b(ring.stage), low_rank ? &maps.lora_b : &maps.c, full, k,
                     at.tile * Config::kBlockN);
     }
@@ -143,8 +145,7 @@ __device__ __forceinline__ void gather_tiles(const Work& work, const Maps& maps,
 // One tile's product added to acc, from the stage at `ring` on. gather: A was written by ordinary copies. Gives the turn to the other warpgroup.
 template <typename T>
 __device__ __forceinline__ void multiply(float (&acc)[Config::kMmaM][Config::kAccumulators],
-                                         const Pipeline& pipe, Ring& ring, bool gather,
-                                         int other) {
+                                         const Pipeline& pipe, Ring& ring, bool gather, int other) {
   const bool releases = threadIdx.x % 128 == 0;
   int last = 0;
 #pragma unroll 1
@@ -225,7 +226,7 @@ __device__ __forceinline__ void run_block(const Work& work, const Maps& maps, ui
                                           TileEpilogue&& epilogue) {
   const Pipeline pipe(ptx::shared_address(shared), work);
   const int row_blocks = (count + Config::kBlockM - 1) / Config::kBlockM;
-  const bool gather = count < work.e.rows;
+  const bool all = count == work.e.rows, gather = !all && !work.compact;
   if (threadIdx.x == 0) init_barriers(pipe, gather);
   prepare();
   __syncthreads();
@@ -234,7 +235,7 @@ __device__ __forceinline__ void run_block(const Work& work, const Maps& maps, ui
     if (gather) {
       gather_tiles<T>(work, maps, pipe, row_blocks, count);
     } else if (threadIdx.x % 128 == 0) {
-      load_tiles(work, maps, pipe, row_blocks);
+      load_tiles(work, maps, pipe, row_blocks, !all);
     }
   } else {
     ptx::take_registers<Config::kConsumerRegisters>();

@@ -40,10 +40,15 @@ cudaError_t make_map(const Matrix& m, Dtype dtype, int box_rows, CUtensorMap* ma
 bool has_tensor_maps() { return encoder() != nullptr; }
 
 cudaError_t make_maps(const Head& head, int block_m, int block_n, Maps* maps) {
-  cudaError_t error = make_map(head.e, head.dtype, block_m, &maps->e);
-  if (error == cudaSuccess) error = make_map(head.c, head.dtype, block_n, &maps->c);
-  if (error == cudaSuccess) error = make_map(head.u, head.dtype, block_m, &maps->u);
-  if (error == cudaSuccess) error = make_map(head.lora_b, head.dtype, block_n, &maps->lora_b);
+  const auto add = [&](const Matrix& m, int box_rows, CUtensorMap* map, cudaError_t before) {
+    return before == cudaSuccess ? make_map(m, head.dtype, box_rows, map) : before;
+  };
+  cudaError_t error = add(head.e, block_m, &maps->e, cudaSuccess);
+  error = add(head.c, block_n, &maps->c, error);
+  error = add(head.u, block_m, &maps->u, error);
+  error = add(head.lora_b, block_n, &maps->lora_b, error);
+  error = add(head.e_compact, block_m, &maps->e_compact, error);
+  error = add(head.u_compact, block_m, &maps->u_compact, error);
   return error;
 }
 

@@ -7,15 +7,15 @@
 
 namespace cce::cuda::sm90 {
 
-// The four matrices of a head; those of an absent low-rank update are never used.
+// The matrices of a head; those of absent ones are never used.
 struct Maps {
-  CUtensorMap e, c, u, lora_b;
+  CUtensorMap e, c, u, lora_b, e_compact, u_compact;
 };
 
 // Whether the driver has what make_maps needs.
 bool has_tensor_maps();
 
-// Boxes of 64 columns, of block_m rows for E and U and of block_n rows for C and B.
+// Boxes of 64 columns, of block_m rows for those by rows and of block_n rows for C and B.
 cudaError_t make_maps(const Head& head, int block_m, int block_n, Maps* maps);
 
 }  // namespace cce::cuda::sm90

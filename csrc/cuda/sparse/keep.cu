@@ -10,6 +10,7 @@ namespace cce::cuda {
 namespace {
 
 constexpr int kRows = 128, kThreads = 256;
+constexpr int kVotingStep = 4;  // of so many row blocks one says which ids are kept by most rows
 
 // What one row block's threads need to know of its rows.
 struct Rows {
@@ -67,17 +68,19 @@ __global__ void __launch_bounds__(kThreads) count_kernel(const __grid_constant__
   load_rows(p, rows, hopeless);
   const int found = p.candidates.counts[blockIdx.x];
   const bool exact = hopeless || found > p.candidates.capacity;
+  // Which ids are hot shows in a part of the rows too, at a part of the atomics.
+  const bool voting = blockIdx.x % (gridDim.x < 4 * kVotingStep ? 1 : kVotingStep) == 0;
   int mine = 0;
   if (!exact) {
     for (int i = first_candidate(); i < found; i += kCandidateStep) {
       const Entry e = read_entry(p, rows, i);
       if (!e.keep) continue;
       ++mine;
-      atomicAdd(p.column_counts + e.id, 1);
+      if (voting) atomicAdd(p.column_counts + e.id, 1);
     }
     if (has_targets() && threadIdx.x < kRows && rows.target[threadIdx.x] >= 0) {
       ++mine;
-      atomicAdd(p.column_counts + rows.target[threadIdx.x], 1);
+      if (voting) atomicAdd(p.column_counts + rows.target[threadIdx.x], 1);
     }
   }
   mine = __reduce_add_sync(~0u, mine);

@@ -32,9 +32,9 @@ struct BoundColumnsParams {
   const int64_t* targets = nullptr;  // (N,)
   RowOrder order;
   int64_t vocab = 0, vocab_start = 0;  // this shard's
-  int strided = 0, sampled = 0;        // columns at equal distances, targets of rows at equal distances
-  int64_t* ids = nullptr;              // (strided + sampled,)
-  uint8_t* counts = nullptr;           // likewise: 0 for ids that are there twice, or not in the shard
+  int strided = 0, sampled = 0;  // columns at equal distances, targets of rows at equal distances
+  int64_t* ids = nullptr;        // (strided + sampled,)
+  uint8_t* counts = nullptr;     // likewise: 0 for ids that are there twice, or not in the shard
 };
 
 // The columns whose logits bound the lse from below.
@@ -62,7 +62,7 @@ struct KeepParams {
       nullptr;  // (row blocks,): entries that count_kept finds, 0 in blocks that go the exact way
   uint8_t* exact =
       nullptr;  // (row blocks,): 1 where candidates overflowed or a bound lies above its lse
-  int32_t* column_counts = nullptr;  // (V,), by count_kept, must be zero: kept entries of each id
+  int32_t* column_counts = nullptr;  // (V,), by count_kept, must be zero: kept entries of each id in some row blocks
   // For write_kept:
   const int32_t* slots = nullptr;  // (V,): number of a hot id, -1 for the others
   const int64_t* first = nullptr;  // (row blocks, parts): where a part's entries start
@@ -80,7 +80,8 @@ struct PlaceParams {
   int64_t blocks = 0, pool_capacity = 0, capacity = 0;
   int64_t* first = nullptr;  // (blocks, parts)
   uint8_t* exact = nullptr;  // (blocks,), set where a block's entries do not fit
-  int64_t* tally = nullptr;  // (4,): candidates, kept entries, row blocks that overflowed, row blocks
+  int64_t* tally =
+      nullptr;  // (4,): candidates, kept entries, row blocks that overflowed, row blocks
 };
 
 // Where count_kept's entries go.
@@ -155,7 +156,7 @@ struct BackwardRowsParams {
   float* a = nullptr;         // (N,): dnll + dlse
   float* d = nullptr;         // (N,): dnll
   float* row_mass = nullptr;  // (N,)
-  float* share = nullptr;     // (1,): T; shards of a vocabulary add theirs up before backward_sample
+  float* share = nullptr;  // (1,): T; shards of a vocabulary add theirs up before backward_sample
   // By backward_sample, which clears a and d of exact rows:
   float* d_all = nullptr;        // (N,): d as it was
   uint8_t* exact = nullptr;      // (N,)

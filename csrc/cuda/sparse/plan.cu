@@ -141,8 +141,7 @@ __global__ void row_starts_kernel(const __grid_constant__ UnpackParams p) {
 __global__ void column_starts_kernel(const int32_t* sorted_ids, int64_t capacity, int64_t vocab,
                                      int32_t* column_first) {
   const int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
-  if (i <= vocab)
-    column_first[i] = first_at_least(sorted_ids, capacity, static_cast<int32_t>(i));
+  if (i <= vocab) column_first[i] = first_at_least(sorted_ids, capacity, static_cast<int32_t>(i));
 }
 
 int blocks_for(int64_t threads) { return static_cast<int>((threads + kThreads - 1) / kThreads); }

@@ -16,7 +16,8 @@ constexpr float kNothing = 1e-30f;
 constexpr double kSteps = 1099511627776.0;  // 2^40
 
 // Upstream weights by row (nothing of ignored rows is used: it may be NaN) and dropped masses over all groups; a warp a row.
-__global__ void __launch_bounds__(kThreads) row_kernel(const __grid_constant__ BackwardRowsParams p) {
+__global__ void __launch_bounds__(kThreads)
+    row_kernel(const __grid_constant__ BackwardRowsParams p) {
   const int64_t row = static_cast<int64_t>(blockIdx.x) * (kThreads / 32) + threadIdx.x / 32;
   if (row >= p.n) return;
   const int lane = threadIdx.x % 32;
@@ -33,7 +34,8 @@ __global__ void __launch_bounds__(kThreads) row_kernel(const __grid_constant__ B
 }
 
 // T = Σ|a| m / Σ|a| over the rows that are not on the list already; 0 / 0 is 0, a NaN stays.
-__global__ void __launch_bounds__(kBlock) share_kernel(const __grid_constant__ BackwardRowsParams p) {
+__global__ void __launch_bounds__(kBlock)
+    share_kernel(const __grid_constant__ BackwardRowsParams p) {
   using Sum = cub::BlockReduce<double, kBlock>;
   __shared__ typename Sum::TempStorage storage;
   double weighted = 0.0, total = 0.0;
@@ -54,8 +56,7 @@ __device__ __forceinline__ int64_t steps_of(const BackwardRowsParams& p, int64_t
   const float mass = p.row_mass[row];
   const float share = mass > kNothing ? fabsf(p.a[row]) * mass : 0.0f;
   if (!(top > 0.0f)) return 0;
-  return static_cast<int64_t>(
-      ceil(static_cast<double>(share) / static_cast<double>(top) * kSteps));
+  return static_cast<int64_t>(ceil(static_cast<double>(share) / static_cast<double>(top) * kSteps));
 }
 
 struct Largest {
@@ -78,7 +79,8 @@ __global__ void __launch_bounds__(kBlock)
   __shared__ float top_of_all;
   const int64_t each = (p.n + kBlock - 1) / kBlock;
   const int64_t begin = threadIdx.x * each, end = begin + each < p.n ? begin + each : p.n;
-  const bool flat = !(*p.share <= p.flat);  // a NaN goes the exact way, which carries it to where eager's would be
+  const bool flat = !(
+      *p.share <= p.flat);  // a NaN goes the exact way, which carries it to where eager's would be
   int valid = 0, exact = 0;
   float top = 0.0f;
   for (int64_t row = begin; row < end; ++row) {
