@@ -15,18 +15,22 @@ from cce_ext.constants import IGNORE_INDEX
 from cce_ext.diagnostics import record
 from cce_ext.distributed.agreement import agree
 from cce_ext.distributed.dtensor import local_arguments, local_head
-from cce_ext.distributed.vocab_parallel import VocabParallelOptions, reduce_gradient, sharded_loss
+from cce_ext.distributed.vocab_parallel import (
+    VocabParallelOptions,
+    reduce_gradient,
+    shard_kernels,
+    sharded_loss,
+)
 from cce_ext.dora import apply_magnitude
 from cce_ext.heads import Adapter, Head, low_rank_update, resolve_head
 from cce_ext.options import (
-    Filter,
     LinearCrossEntropyImpl,
     LossOptions,
     implementation_name,
     resolve_filter,
 )
 from cce_ext.reference import RowStatistics, finish_logits, statistics, statistics_of_logits
-from cce_ext.sparse.op import refusal
+from cce_ext.sparse.op import differentiates, refusal
 
 _COMPILED_DTYPES = {
     "cpu": (torch.float64, torch.float32, torch.bfloat16, torch.float16),
@@ -103,7 +107,7 @@ def linear_cross_entropy(
             weigh is not lost: their total is exact for each token and each 4096 ids, and is spread
             as it is in a sample of tokens (cce_ext/sparse). Exact all the same: every other
             device and implementation; vocabularies of up to 16384 ids; label smoothing under a
-            softcap; shards of a vocabulary; calls whose tokens are so undecided that over a tenth
+            softcap; shards of up to 8192 ids; calls whose tokens are so undecided that over a tenth
             of the probability would be dropped. ``diagnostics()`` says which it was.
         accum_e_fp32, accum_c_fp32: accepted for compatibility; sums are always float32 or better.
         filter_e_grad, filter_c_grad: whether the filter may act on the gradient of e, of c.
@@ -302,8 +306,8 @@ def _rows(
         return run(e, head.weight, targets, head.bias, u, b, options, metrics)
     pair, reason = _pair(name, e)
     inputs = (e, head.weight, targets, head.bias, u, b)
-    if pair == "linear_ce" and e.device.type == "cuda" and _differentiates(inputs):
-        exact = _exact_reason(e, head.weight, options, facts["filter"])
+    if pair == "linear_ce" and e.device.type == "cuda" and differentiates(inputs):
+        exact = refusal(head.weight, e.shape[0], options, facts["filter"].eps)
         facts["exact"] = exact
         if not exact:
             pair = "sparse_ce"
@@ -314,17 +318,6 @@ def _rows(
         return RowStatistics(*op(*inputs, *options, 0, 0, metrics, *facts["filter"])[:7])
     op = getattr(torch.ops.cce, f"{pair}_forward")
     return RowStatistics(*op(*inputs, *options, 0, 0, metrics))
-
-
-def _differentiates(inputs: tuple[Tensor | None, ...]) -> bool:
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
-
-
-def _exact_reason(e: Tensor, weight: Tensor, options: LossOptions, wanted: Filter) -> str:
-    """Why the backward of a call on a GPU is exact, '' where it is sparse."""
-    if wanted.eps is None:
-        return "no filter was asked for"
-    return refusal(weight, e.shape[0], options, wanted.eps)
 
 
 def _check_parallel(
@@ -359,7 +352,8 @@ def _parallel_rows(
     """nll and lse over all shards. A is replicated, B sharded like c."""
     pair, reason = _pair(name, e)  # first: what cannot run must not keep the other ranks waiting
     if parallel.check and not torch.compiler.is_compiling():
-        total = agree(parallel, options, reduction, e, targets, head.bias, head.adapters)
+        eps = facts["filter"].eps
+        total = agree(parallel, options, eps, reduction, e, head, targets)
     else:
         total = parallel.whole_vocab(e.device)
     checks.check_target_range(targets, total, options.ignore_index)
@@ -369,9 +363,12 @@ def _parallel_rows(
         e = reduce_gradient(e, parallel)
     adapters = tuple(a._replace(a=reduce_gradient(a.a, parallel)) for a in head.adapters)
     u, b = low_rank_update(e, adapters)
+    inputs = (e, head.weight, targets, head.bias, u, b)
+    kernels, exact = shard_kernels(pair, inputs, options, facts["filter"], total)
+    if exact is not None:
+        facts["exact"] = exact
     record(path="vocab_parallel", reason=reason, **facts)
-    ops = tuple(getattr(torch.ops.cce, f"{pair}_{half}") for half in ("forward", "backward"))
-    nll, lse = sharded_loss(ops, parallel, total, options, e, head.weight, targets, head.bias, u, b)
+    nll, lse = sharded_loss(kernels, parallel, total, options, *inputs)
     none = nll.new_empty(0)
     return RowStatistics(nll, lse, none, none, none, none, none)
 

@@ -1,4 +1,4 @@
-"""Runs a function on several gloo ranks of this machine."""
+"""Runs a function on several ranks of this machine."""
 
 from __future__ import annotations
 
@@ -18,23 +18,36 @@ PRELOAD = ["torch.distributed.fsdp", "torch.distributed.tensor", "torch._dynamo"
 
 
 def run_ranks(
-    worker: Callable[..., None], world: int, folder: Path, *args: Any, timeout: float = 60
+    worker: Callable[..., None],
+    world: int,
+    folder: Path,
+    *args: Any,
+    timeout: float = 60,
+    backend: str = "gloo",
 ) -> None:
-    """``worker(rank, world, *args)`` on each of ``world`` ranks of a gloo group, whose collectives
-    wait for ``timeout`` seconds. An error on any rank is raised here; a rank may leave by
+    """``worker(rank, world, *args)`` on each of ``world`` ranks of a group, whose collectives
+    wait for ``timeout`` seconds; over NCCL, one GPU a rank. An error on any rank is raised here; a rank may leave by
     os._exit(0)."""
     multiprocessing.get_context("forkserver").set_forkserver_preload(PRELOAD)
-    arguments = (worker, world, str(folder / "store"), timeout, args)
+    arguments = (worker, world, str(folder / "store"), timeout, backend, args)
     mp.start_processes(_rank, arguments, nprocs=world, start_method="forkserver")
 
 
 def _rank(
-    rank: int, worker: Callable[..., None], world: int, store: str, timeout: float, args: tuple
+    rank: int,
+    worker: Callable[..., None],
+    world: int,
+    store: str,
+    timeout: float,
+    backend: str,
+    args: tuple,
 ) -> None:
     torch.set_num_threads(1)
+    if "nccl" in backend:
+        torch.cuda.set_device(rank)
     wait = timedelta(seconds=timeout)
     dist.init_process_group(
-        "gloo", init_method=f"file://{store}", rank=rank, world_size=world, timeout=wait
+        backend, init_method=f"file://{store}", rank=rank, world_size=world, timeout=wait
     )
     worker(rank, world, *args)
     dist.destroy_process_group()

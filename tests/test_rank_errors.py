@@ -28,6 +28,7 @@ DISAGREEMENTS: dict[str, tuple[dict[str, Any], str]] = {
     "logit_scale": ({"logit_scale": 0.5}, r"logit_scale: 1 on rank 0; 0.5 on rank 1"),
     "smoothing": ({"label_smoothing": 0.1}, r"label_smoothing: 0 on rank 0; 0.1 on rank 1"),
     "reduction": ({"reduction": "sum"}, r"reduction: mean on rank 0; sum on rank 1"),
+    "filter_eps": ({"filter_eps": None}, r"filter_eps: 3.05\d*e-05 on rank 0; None on rank 1"),
     "bias": ({"bias": True}, r"whether there is a bias: False on rank 0; True on rank 1"),
     "reduce": ({"reduce_e_grad": False}, r"reduce_e_grad: True on rank 0; False on rank 1"),
     "frozen": ({"trained": False}, r"need gradients: 0b11 on rank 0; 0b10 on rank 1"),
@@ -50,7 +51,7 @@ def call(rank: int, **changes: Any) -> torch.Tensor:
     c = torch.randn(V, has["d"], generator=g).to(has["dtype"])[start:stop]
     a = torch.randn(has["r"], has["d"], generator=g).to(has["dtype"]).requires_grad_()
     b = torch.randn(V, has["r"], generator=g).to(has["dtype"])[start:stop]
-    names = ("softcap", "reduction", "logit_scale", "label_smoothing", "ignore_index")
+    names = ("softcap", "reduction", "logit_scale", "label_smoothing", "ignore_index", "filter_eps")
     return linear_cross_entropy(
         e,
         c,

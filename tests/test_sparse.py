@@ -12,48 +12,17 @@ from cce_ext.options import LossOptions
 from cce_ext.sparse import tail
 from cce_ext.sparse.op import refusal
 from cce_ext.sparse.reference import SparseGradients
-from tests.sparse_problem import EPS, Problem, eager_errors, error, made_head
+from tests.sparse_problem import (
+    CASES,
+    EPS,
+    by_group,
+    eager_errors,
+    error,
+    made_head,
+    make,
+)
 
 F64 = torch.float64
-# name -> options, extra inputs, and the limit of candidates
-CASES = {
-    "plain": {},
-    "bias": {"bias": True, "ignored": 0.4},
-    "softcap": {"softcap": 30.0, "bias": True, "lse": True},
-    "smoothing": {"label_smoothing": 0.1, "ignored": 0.1},
-    "smoothing, lse": {"label_smoothing": 0.1, "lse": True},
-    "scale": {"logit_scale": 1.3, "lse": True},
-    "low rank": {"rank": 8, "softcap": 40.0},
-    "overflow": {"bias": True, "rank": 4, "capacity": 150},
-    "overflow, smoothing": {"label_smoothing": 0.2, "capacity": 150},
-}
-
-
-def make(
-    bias: bool = False, ignored: float = 0.0, lse: bool = False, rank: int = 0,
-    capacity: int | None = None, n: int = 300, v: int = 9001, dtype: torch.dtype = F64,
-    **options: float,
-) -> tuple[Problem, int | None]:  # fmt: skip
-    """A problem with upstream gradients of both signs, not finite where it must not matter."""
-    g = torch.Generator().manual_seed(1)
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=g).to(dtype)
-
-    p = made_head(n, v, 96, dtype)
-    p.targets[torch.rand(n, generator=g) < ignored] = -100
-    p.dnll = (1 + 0.5 * normal(n)) / n
-    p.dnll[p.targets == -100] = torch.nan
-    p.dlse = 0.1 * normal(n) / n if lse else None
-    p.bias = 0.3 * normal(v) if bias else None
-    if rank:
-        p.u, p.lora_b = normal(n, rank), 0.3 * normal(v, rank) / rank**0.5
-    p.options = LossOptions(**options)
-    return p, capacity
-
-
-def by_group(x: Tensor) -> Tensor:
-    return torch.stack([part.sum(1) for part in x.split(tail.GROUP, 1)], 1)
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -126,6 +126,27 @@ def test_compiled(tmp_path: Path) -> None:
     run_ranks(compiled, 2, tmp_path)
 
 
+def autocast(rank: int, world: int) -> None:
+    """As without shards: computed in bfloat16, gradients in the inputs' dtype."""
+    options = {"rank": R, "bias": True}
+    leaves, targets = problem(options)
+    parallel = VocabParallelOptions.from_vocab(V)
+    mine = slice(parallel.start, parallel.stop)
+    shard = {k: t if k in ("e", "lora_a") else t[mine] for k, t in leaves.items()}
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss, _, truth = loss_and_gradients(leaves, targets, options)
+        got, _, gradients = loss_and_gradients(shard, targets, options, parallel)
+    torch.testing.assert_close(got, loss, rtol=1e-5, atol=1e-5)
+    for name, gradient in gradients.items():
+        expected = truth[name] if name in ("e", "lora_a") else truth[name][mine]
+        assert gradient.dtype == torch.float32
+        assert (gradient - expected).norm() < 1e-2 * expected.norm(), name
+
+
+def test_autocast(tmp_path: Path) -> None:
+    run_ranks(autocast, 2, tmp_path)
+
+
 def whole_found(rank: int, world: int) -> None:
     """Without a check and without vocab_size the vocabulary is found all the same, once."""
     leaves, targets = problem({})

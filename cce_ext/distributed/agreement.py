@@ -16,8 +16,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from cce_ext.heads import Adapter
+from cce_ext.heads import Head
 from cce_ext.options import LossOptions
+from cce_ext.sparse.op import differentiates
 
 if TYPE_CHECKING:
     from cce_ext.distributed.vocab_parallel import VocabParallelOptions
@@ -34,6 +35,7 @@ def _float(bits: int) -> str:
     return f"{struct.unpack('<d', struct.pack('<q', bits))[0]:g}"
 
 
+_NO_EPS = _bits(-1.0)
 #: What every rank must say alike, and how a value reads in a message.
 _FIELDS: tuple[tuple[str, Callable[[int], str]], ...] = (
     ("the number of tokens", str),
@@ -45,9 +47,11 @@ _FIELDS: tuple[tuple[str, Callable[[int], str]], ...] = (
     ("softcap", _float),
     ("logit_scale", _float),
     ("label_smoothing", _float),
+    ("filter_eps", lambda i: "None" if i == _NO_EPS else _float(i)),
     ("reduction", lambda i: _REDUCTIONS[i]),
     ("reduce_e_grad", lambda i: str(bool(i))),
     ("whether e and each lora_a need gradients", bin),
+    ("whether there is anything to train", lambda i: str(bool(i))),
     ("the targets (their checksum)", str),
 )
 
@@ -70,19 +74,19 @@ _agreed: dict[tuple, int] = {}
 def agree(
     parallel: VocabParallelOptions,
     options: LossOptions,
+    eps: float | None,
     reduction: str,
     e: Tensor,
+    head: Head,
     targets: Tensor,
-    bias: Tensor | None,
-    adapters: tuple[Adapter, ...],
 ) -> int:
     """Compares this rank's call with the others' and returns the size of the whole vocabulary; e
-    (N, D), targets (N,) after the shift.
+    (N, D), targets (N,) after the shift; eps: the threshold of the filter.
 
     Raises:
         ValueError: on every rank, if the ranks disagree or their shards do not make one vocabulary.
     """
-    facts = _facts(parallel, options, reduction, e, targets, bias, adapters)
+    facts = _facts(parallel, options, eps, reduction, e, head, targets.device)
     if not facts.waits:
         return _compare(facts, targets, parallel.vocab_size)
     # vocab_size is no part of the key: it may be known to one rank from an earlier call.
@@ -95,11 +99,11 @@ def agree(
 def _facts(
     parallel: VocabParallelOptions,
     options: LossOptions,
+    eps: float | None,
     reduction: str,
     e: Tensor,
-    targets: Tensor,
-    bias: Tensor | None,
-    adapters: tuple[Adapter, ...],
+    head: Head,
+    device: torch.device,
 ) -> _Facts:
     if parallel.group is None and not dist.is_initialized():
         raise RuntimeError(
@@ -108,20 +112,24 @@ def _facts(
             "one process holds the whole vocabulary"
         )
     group = parallel.group or dist.group.WORLD
-    gradients = [torch.is_grad_enabled() and t.requires_grad for t in (e, *(a.a for a in adapters))]
+    adapters = head.adapters
+    replicated = [differentiates((t,)) for t in (e, *(a.a for a in adapters))]
+    sharded = (head.weight, head.bias, *(a.b for a in adapters))
     alike = (
         *e.shape,
         sum(a.a.shape[0] for a in adapters),
         _DTYPES.index(e.dtype),
-        int(bias is not None),
+        int(head.bias is not None),
         options.ignore_index,
         *map(_bits, options[1:]),
+        _NO_EPS if eps is None else _bits(eps),
         _REDUCTIONS.index(reduction),
         int(parallel.reduce_e_grad),
-        sum(need << i for i, need in enumerate(gradients)),
+        sum(need << i for i, need in enumerate(replicated)),
+        int(any(replicated) or differentiates(sharded)),
     )
     waits = "cpu:" not in dist.get_backend_config(group)
-    device = targets.device if waits else torch.device("cpu")
+    device = device if waits else torch.device("cpu")
     return _Facts((parallel.start, parallel.stop), alike, device, group, waits)
 
 

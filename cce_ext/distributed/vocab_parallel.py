@@ -4,22 +4,28 @@ gets the same loss.
 Method: each rank's logsumexp and target logit come from its own shard; one all-gather shows them to
 all ranks, which take the logsumexp over the ranks and the sum of the target logits, of which one
 rank holds each. The backward of a shard is the ordinary one with the global logsumexp, and the
-hidden states' gradient is summed over the ranks in float32.
+hidden states' gradient is summed over the ranks in float32. The sparse backward too: what is kept
+follows from the global logsumexp, the rest keeps its mass in each shard's groups of ids, and
+whether a call is too flat for that is decided by what all shards together would drop.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from cce_ext.distributed.dtensor import shard_of
-from cce_ext.options import LossOptions
+from cce_ext.options import Filter, LossOptions
 from cce_ext.reference import RowStatistics
+from cce_ext.sparse import shard
+from cce_ext.sparse.forward import Bounds
+from cce_ext.sparse.op import common_refusal, differentiates, shard_refusal
 
 # Renamed in PyTorch 2.13, whose old name warns.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -112,15 +118,52 @@ def reduce_gradient(x: Tensor, parallel: VocabParallelOptions) -> Tensor:
     return _ReduceGradient.apply(x, parallel.group)
 
 
+class ShardKernels(NamedTuple):
+    """What computes a shard."""
+
+    pair: tuple[Callable, Callable]  # the implementation's forward and backward
+    filter: Filter | None  # None: this shard's backward is exact
+    any_sparse: bool  # whether any shard's may be sparse; the same on all ranks
+
+
+def shard_kernels(
+    pair: str,
+    inputs: tuple[Tensor | None, ...],
+    options: LossOptions,
+    wanted: Filter,
+    total: int,
+) -> tuple[ShardKernels, str | None]:
+    """What computes this rank's shard with the ops of this name, and, for compiled kernels on a
+    GPU, why its backward is exact ('' where it is sparse). inputs: e, c, targets, bias, u, lora_b;
+    total: ids of the whole vocabulary."""
+    e, c = inputs[:2]
+    ops = tuple(getattr(torch.ops.cce, f"{pair}_{half}") for half in ("forward", "backward"))
+    if pair != "linear_ce" or e.device.type != "cuda":
+        return ShardKernels(ops, None, False), None
+    # First what all ranks find alike: together they decide whether a call is too flat.
+    reason = common_refusal(total, e.shape[0], options, wanted.eps)
+    any_sparse = not reason and differentiates(inputs)
+    if not reason:
+        reason = shard_refusal(c, e.shape[0], wanted.eps)
+    sparse = any_sparse and not reason
+    return ShardKernels(ops, wanted if sparse else None, any_sparse), reason
+
+
 class _ShardedLoss(torch.autograd.Function):
     """(nll, lse) over all shards from one rank's shard. One autograd function, because the shard's
     backward needs the global logsumexp, which only exists after the collective."""
 
     @staticmethod
-    def forward(ctx, pair, group, start, vocab_total, options, e, c, targets, bias, u, lora_b):
-        forward_op, ctx.backward_op = pair
+    def forward(ctx, kernels, group, start, vocab_total, options, e, c, targets, bias, u, lora_b):
+        ctx.kernels, ctx.group = kernels, group
         ctx.options = (*options, start, vocab_total)
-        local = RowStatistics(*forward_op(e, c, targets, bias, u, lora_b, *ctx.options, False))
+        inputs = (e, c, targets, bias, u, lora_b)
+        bounds = _whole_bounds(kernels, group, inputs, ctx.options) if kernels.any_sparse else None
+        if kernels.filter is None:
+            local = RowStatistics(*kernels.pair[0](*inputs, *ctx.options, False))
+        else:
+            eps = kernels.filter.eps
+            local, found = shard.collect_shard(inputs, ctx.options, eps, bounds)
         smooth = options.label_smoothing
         parts = [local.lse, local.target_logit] + ([local.logit_sum] if smooth else [])
         ranks = _gather(torch.stack(parts), group)
@@ -130,7 +173,10 @@ class _ShardedLoss(torch.autograd.Function):
             nll = (1 - smooth) * nll + smooth * (lse - ranks[:, 2].sum(0) / vocab_total)
         valid = targets != options.ignore_index
         nll, lse = torch.where(valid, nll, 0), torch.where(valid, lse, 0)
-        ctx.save_for_backward(e, c, targets, bias, u, lora_b, lse)
+        lists = ()
+        if kernels.filter is not None:
+            lists = shard.list_shard(bounds, found, lse, targets, c.shape[0], ctx.options, eps)
+        ctx.save_for_backward(*inputs, lse, *lists)
         ctx.set_materialize_grads(False)
         return nll, lse
 
@@ -139,14 +185,41 @@ class _ShardedLoss(torch.autograd.Function):
         none = (None,) * 5
         if dnll is None and dlse is None:
             return (*none, *(None,) * 6)
-        e, c, targets, bias, u, lora_b, lse = ctx.saved_tensors
+        e, c, targets, bias, u, lora_b, lse, *lists = ctx.saved_tensors
+        kernels, options = ctx.kernels, ctx.options
         _, _, _, _, _, need_e, need_c, _, need_bias, need_u, need_b = ctx.needs_input_grad
         wanted = (need_e, need_c, need_bias, need_u, need_b)
-        grads = ctx.backward_op(
-            dnll, dlse, e, c, targets, lse, bias, u, lora_b, *ctx.options, *wanted
-        )
+        share = None
+        if kernels.any_sparse:
+            share = lse.new_zeros(1)
+            if lists:
+                share = torch.ops.cce.sparse_ce_share(dnll, dlse, targets, lists, options[0])
+            dist.all_reduce(share, group=ctx.group)
+        given = (dnll, dlse, e, c, targets, lse, bias, u, lora_b)
+        if lists:
+            op = torch.ops.cce.sparse_ce_backward
+            grads = op(*given, lists, share, *options, *kernels.filter, *wanted)
+        else:
+            grads = kernels.pair[1](*given, *options, *wanted)
         de, dc, dbias, du, db = (g if w else None for g, w in zip(grads, wanted, strict=True))
         return (*none, de, dc, None, dbias, du, db)
+
+
+def _whole_bounds(
+    kernels: ShardKernels,
+    group: dist.ProcessGroup | None,
+    inputs: tuple[Tensor | None, ...],
+    options: tuple,
+) -> Bounds | None:
+    """This shard's rows with lower bounds of the lse of all shards: the lse of what each of them
+    bounds. None where this one is exact."""
+    if kernels.filter is None:
+        e = inputs[0]
+        _gather(e.new_full((1, e.shape[0]), -torch.inf, dtype=torch.float32), group)
+        return None
+    bounds = Bounds(*torch.ops.cce.sparse_ce_bound(*inputs, *options))
+    ranks = _gather(bounds.bound2[None], group)[:, 0] * math.log(2)
+    return bounds._replace(bound2=torch.logsumexp(ranks, 0) / math.log(2))
 
 
 def _gather(part: Tensor, group: dist.ProcessGroup | None) -> Tensor:
@@ -163,7 +236,7 @@ def _gather(part: Tensor, group: dist.ProcessGroup | None) -> Tensor:
 
 
 def sharded_loss(
-    pair: tuple[Callable, Callable],
+    kernels: ShardKernels,
     parallel: VocabParallelOptions,
     vocab_total: int,
     options: LossOptions,
@@ -176,16 +249,12 @@ def sharded_loss(
 ) -> tuple[Tensor, Tensor]:
     """nll and lse (N,) over all shards, the same on every rank. e, u and targets are whole; c,
     bias, lora_b this rank's."""
-    return _ShardedLoss.apply(
-        pair,
-        parallel.group,
-        parallel.start,
-        vocab_total,
-        options,
-        e,
-        c,
-        targets,
-        bias,
-        u,
-        lora_b,
-    )
+    device = e.device.type
+    if torch.is_autocast_enabled(device) and e.dtype != torch.float64:
+        # The backward must see what the forward saw, and no autocast reaches into it.
+        dtype = torch.get_autocast_dtype(device)
+        floats = (e, c, bias, u, lora_b)
+        e, c, bias, u, lora_b = (None if t is None else t.to(dtype) for t in floats)
+    call = (kernels, parallel.group, parallel.start, vocab_total, options)
+    with torch.autocast(device, enabled=False):
+        return _ShardedLoss.apply(*call, e, c, targets, bias, u, lora_b)

@@ -55,6 +55,7 @@ def backward(
     u: Tensor | None,
     lora_b: Tensor | None,
     lists: list[Tensor],
+    dropped_share: Tensor | None,
     ignore_index: int,
     softcap: float,
     logit_scale: float,
@@ -72,14 +73,15 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The CUDA kernel of ``cce::sparse_ce_backward``; arguments and results as
     ``linear_ce_backward``'s, with the forward's lists, the threshold, and which gradients may be
-    sparse: e_grad for those by rows (e, u), c_grad for those by columns (c, bias, lora_b)."""
+    sparse: e_grad for those by rows (e, u), c_grad for those by columns (c, bias, lora_b).
+    dropped_share (1,): that of all shards together; None: there is one."""
     place = (ignore_index, softcap, logit_scale, label_smoothing, vocab_start, vocab_total)
     inputs = (e, c, targets, lse, bias, u, lora_b)
     needs = (need_e, need_c, need_bias, need_u, need_lora_b)
     sparse = (e_grad, c_grad, c_grad, e_grad, c_grad)
     filtered = [need and may for need, may in zip(needs, sparse, strict=True)]
     exact = [need and not may for need, may in zip(needs, sparse, strict=True)]
-    results = _sparse(dnll, dlse, *inputs, Lists(*lists), *place, eps, *filtered)
+    results = _sparse(dnll, dlse, *inputs, Lists(*lists), dropped_share, *place, eps, *filtered)
     if any(exact):
         others = exact_backward(dnll, dlse, *inputs, *place, *exact)
         results = tuple(o if x else r for r, o, x in zip(results, others, exact, strict=True))
@@ -87,8 +89,9 @@ def backward(
 
 
 def _sparse(
-    dnll, dlse, e, c, targets, lse, bias, u, lora_b, lists, ignore_index, softcap, logit_scale,
-    label_smoothing, vocab_start, vocab_total, eps, need_e, need_c, need_bias, need_u, need_lora_b,
+    dnll, dlse, e, c, targets, lse, bias, u, lora_b, lists, share, ignore_index, softcap,
+    logit_scale, label_smoothing, vocab_start, vocab_total, eps, need_e, need_c, need_bias, need_u,
+    need_lora_b,
 ):  # fmt: skip
     targets = targets.long().contiguous()
     call = _Call(
@@ -104,9 +107,10 @@ def _sparse(
         eps,
     )
     dnll, dlse = row_vector(dnll), row_vector(dlse)
-    a, d, row_mass, share = torch.ops.cce.backward_shares(
+    a, d, row_mass, own_share = torch.ops.cce.backward_shares(
         dnll, dlse, targets, lists.mass, lists.exact_rows, ignore_index
     )
+    share = own_share if share is None else share
     # From here on a and d are those of the sparse rows.
     exact, exact_share, d_all, sample, weight = torch.ops.cce.backward_sample_(
         a, d, row_mass, share, targets, lists.exact_rows, ignore_index, tail.FLAT,

@@ -21,7 +21,7 @@ from cce_ext.sparse import tail
 SAMPLED_COLUMNS = SAMPLED_TARGETS = 1024
 # Rows whose sampled logits are in memory at a time.
 _BOUND_ROWS = 4096
-_ROW_BLOCK = 128
+ROW_BLOCK = 128
 #: ids whose kept entries are multiplied as a dense matrix: on trained heads they have 60 % of all
 HOT_IDS = 1024
 
@@ -57,7 +57,7 @@ def candidate_capacity(n: int, v: int, eps: float) -> int:
     """Candidates that a block of 128 rows can hold: 1024 a row at 2⁻¹³ (trained heads have 250 to
     450, in their worst blocks 920), more where there are few rows."""
     a_row = max(2**23 // max(n, 1), math.ceil(1024 * _growth(eps)))
-    return min(v, a_row) * min(n, _ROW_BLOCK)
+    return min(v, a_row) * min(n, ROW_BLOCK)
 
 
 def kept_capacity(n: int, v: int, eps: float) -> int:
@@ -66,20 +66,22 @@ def kept_capacity(n: int, v: int, eps: float) -> int:
     return min(n * v, math.ceil(max(n * 320, 2**20) * _growth(eps))) + n
 
 
-class Partials(NamedTuple):
-    """What each split of the vocabulary knows of the rows, by position in the row order: the mass
-    of its entries once the lse is known."""
+class Bounds(NamedTuple):
+    """What the pass over the vocabulary wants to know of the rows beforehand."""
 
     order: Tensor  # (N,) int32: row numbers, those that count first
     count: Tensor  # (1,) int32: how many count
+    target_logit: Tensor  # (N,): 0 where another shard holds the target
+    bound2: Tensor  # (N,): a lower bound of the lse, base 2
+
+
+class Found(NamedTuple):
+    """What that pass leaves for later, when the lse is final. B blocks of 128 rows."""
+
+    # By split of the vocabulary and position in the row order:
     max_sum: Tensor  # (splits, N, 2): the largest logit (base 2), Σ exp below it
     capped: Tensor  # (splits, N): the same sum with softcap'; empty without
-
-
-class Candidates(NamedTuple):
-    """Entries that may turn out to be kept. B blocks of 128 rows."""
-
-    bound2: Tensor  # (N,): the lower bound of the lse from which they follow, base 2
+    # Entries that may turn out to be kept:
     pool: Tensor  # (B, capacity, 2) int32
     counts: Tensor  # (B,) int32
 
@@ -122,6 +124,42 @@ def lower_bounds(
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
+def bound_rows(
+    e: Tensor,
+    c: Tensor,
+    targets: Tensor,
+    bias: Tensor | None,
+    u: Tensor | None,
+    lora_b: Tensor | None,
+    ignore_index: int,
+    softcap: float,
+    logit_scale: float,
+    vocab_start: int,
+    vocab_total: int,
+) -> Bounds:
+    """The order of the rows, their target logits, and bounds of their lse."""
+    v = c.shape[0]
+    vocab_total = vocab_total or vocab_start + v
+    targets = targets.long().contiguous()
+    e = readable(e, e.dtype)
+    order, count = torch.ops.cce.row_order(targets, ignore_index)
+    place = (ignore_index, softcap, logit_scale, vocab_start, vocab_total)
+    target_logit = torch.ops.cce.target_logits(e, c, targets, bias, u, lora_b, *place, order, count)
+    bound2 = lower_bounds(
+        e, c, targets, bias, u, lora_b, _own(target_logit, targets, v, vocab_start, vocab_total),
+        order, count, softcap, logit_scale, vocab_start,
+    )  # fmt: skip
+    return Bounds(order, count, target_logit, bound2)
+
+
+def _own(target_logit: Tensor, targets: Tensor, v: int, start: int, total: int) -> Tensor:
+    """Target logits (N,), -inf instead of 0 for targets of other shards, which bound nothing."""
+    if v == total:
+        return target_logit
+    here = (targets >= start) & (targets < start + v)
+    return torch.where(here, target_logit, -torch.inf)
+
+
 def collect(
     e: Tensor,
     c: Tensor,
@@ -137,41 +175,23 @@ def collect(
     vocab_total: int,
     metrics: bool,
     eps: float,
-) -> tuple[RowStatistics, Partials, Candidates]:
-    """The pass over the vocabulary: what needs no final lse. Arguments as ``linear_ce_forward``'s."""
+    bounds: Bounds,
+) -> tuple[RowStatistics, Found]:
+    """The pass over the vocabulary; other arguments as ``linear_ce_forward``'s."""
     n, v = e.shape[0], c.shape[0]
-    vocab_total = vocab_total or vocab_start + v
-    targets = targets.long().contiguous()
-    e = readable(e, e.dtype)
-    order, count = torch.ops.cce.row_order(targets, ignore_index)
-    place = (ignore_index, softcap, logit_scale, vocab_start, vocab_total)
-    target_logit = torch.ops.cce.target_logits(e, c, targets, bias, u, lora_b, *place, order, count)
-    bound2 = lower_bounds(
-        e, c, targets, bias, u, lora_b, _own(target_logit, targets, v, vocab_start, vocab_total),
-        order, count, softcap, logit_scale, vocab_start,
-    )  # fmt: skip
-    options = (ignore_index, softcap, logit_scale, label_smoothing, vocab_start, vocab_total)
+    options = (ignore_index, softcap, logit_scale, label_smoothing, vocab_start)
     nll, lse, *others, max_sum, capped, pool, counts = torch.ops.cce.training_forward(
-        e, c, targets, bias, u, lora_b, *options, metrics, order, count, target_logit, bound2, eps,
-        candidate_capacity(n, v, eps),
+        readable(e, e.dtype), c, targets.long().contiguous(), bias, u, lora_b, *options,
+        vocab_total or vocab_start + v, metrics, *bounds, eps, candidate_capacity(n, v, eps),
     )  # fmt: skip
-    rows = RowStatistics(nll, lse, target_logit, *others)
-    return rows, Partials(order, count, max_sum, capped), Candidates(bound2, pool, counts)
-
-
-def _own(target_logit: Tensor, targets: Tensor, v: int, start: int, total: int) -> Tensor:
-    """Target logits (N,), -inf instead of 0 for targets of other shards, which bound nothing."""
-    if v == total:
-        return target_logit
-    here = (targets >= start) & (targets < start + v)
-    return torch.where(here, target_logit, -torch.inf)
+    rows = RowStatistics(nll, lse, bounds.target_logit, *others)
+    return rows, Found(max_sum, capped, pool, counts)
 
 
 def make_lists(
-    candidates: Candidates,
-    partials: Partials,
+    bounds: Bounds,
+    found: Found,
     lse: Tensor,
-    target_logit: Tensor,
     targets: Tensor,
     ignore_index: int,
     softcap: float,
@@ -185,11 +205,11 @@ def make_lists(
     v, start, total = shard
     n = lse.shape[0]
     *lists, tally = torch.ops.cce.keep_lists(
-        candidates.pool, candidates.counts, candidates.bound2, partials.order, partials.count, lse,
-        target_logit, targets.long().contiguous(), partials.max_sum, partials.capped, eps, softcap,
+        found.pool, found.counts, bounds.bound2, bounds.order, bounds.count, lse,
+        bounds.target_logit, targets.long().contiguous(), found.max_sum, found.capped, eps, softcap,
         ignore_index, v, start, total or start + v, kept_capacity(n, v, eps), min(HOT_IDS, v),
     )  # fmt: skip
-    return Lists(*lists, partials.order, tally)
+    return Lists(*lists, bounds.order, tally)
 
 
 def forward(
@@ -210,22 +230,21 @@ def forward(
 ) -> tuple[Tensor, ...]:
     """The CUDA kernel of ``cce::sparse_ce_forward``: the seven results of ``linear_ce_forward``,
     then the fields of `Lists`."""
-    options = (ignore_index, softcap, logit_scale, label_smoothing, vocab_start, vocab_total)
-    rows, partials, candidates = collect(e, c, targets, bias, u, lora_b, *options, metrics, eps)
-    lists = make_lists(
-        candidates, partials, rows.lse, rows.target_logit, targets, ignore_index, softcap,
-        (c.shape[0], vocab_start, vocab_total), eps,
-    )  # fmt: skip
+    inputs, place = (e, c, targets, bias, u, lora_b), (vocab_start, vocab_total)
+    bounds = bound_rows(*inputs, ignore_index, softcap, logit_scale, *place)
+    options = (ignore_index, softcap, logit_scale, label_smoothing, *place)
+    rows, found = collect(*inputs, *options, metrics, eps, bounds)
+    shard = (c.shape[0], *place)
+    lists = make_lists(bounds, found, rows.lse, targets, ignore_index, softcap, shard, eps)
     return (*rows, *lists)
 
 
-def fake_lists(e: Tensor, c: Tensor, eps: float) -> Lists:
-    """Tensors of the right shapes for tracing."""
-    n, v = e.shape[0], c.shape[0]
+def fake_lists(like: Tensor, n: int, v: int, eps: float) -> Lists:
+    """Tensors of the right shapes for tracing, where `like` is."""
     capacity = kept_capacity(n, v, eps)
 
     def new(*shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
-        return e.new_empty(shape, dtype=dtype)
+        return like.new_empty(shape, dtype=dtype)
 
     return Lists(
         new(capacity),

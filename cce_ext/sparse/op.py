@@ -10,11 +10,14 @@ import torch
 from torch import Tensor
 
 from cce_ext.options import LossOptions
+from cce_ext.sparse import shard
 from cce_ext.sparse.backward import backward
 from cce_ext.sparse.forward import Lists, fake_lists, forward, kept_capacity
 
 #: vocabularies up to this size are always exact: their matmuls are cheap, their softmax dense
 SMALL_VOCAB = 16384
+#: so are shards of a larger one up to this size: their matmuls are cheap, their softmax is not dense
+SMALL_SHARD = 8192
 _INPUTS = ("e", "c", "targets", "bias", "u", "lora_b")
 _OPTIONS = "int ignore_index, float softcap, float logit_scale, float label_smoothing, int vocab_start, int vocab_total"
 _FILTER = "float eps, bool e_grad, bool c_grad"
@@ -26,14 +29,33 @@ _FORWARD = (
 )
 _BACKWARD = (
     "sparse_ce_backward(Tensor? dnll, Tensor? dlse, Tensor e, Tensor c, Tensor targets, Tensor lse, Tensor? bias, "
-    f"Tensor? u, Tensor? lora_b, Tensor[] lists, {_OPTIONS}, {_FILTER}, bool need_e, bool need_c, bool need_bias, "
-    "bool need_u, bool need_lora_b) -> (Tensor de, Tensor dc, Tensor dbias, Tensor du, Tensor dlora_b)"
+    f"Tensor? u, Tensor? lora_b, Tensor[] lists, Tensor? dropped_share, {_OPTIONS}, {_FILTER}, bool need_e, "
+    "bool need_c, bool need_bias, bool need_u, bool need_lora_b) -> (Tensor de, Tensor dc, Tensor dbias, Tensor du, "
+    "Tensor dlora_b)"
 )
 
 
-def refusal(c: Tensor, n: int, options: LossOptions, eps: float) -> str:
-    """Why a call with a filter takes the exact backward all the same, or ''."""
-    vocab = c.shape[0]
+def differentiates(inputs: tuple[Tensor | None, ...]) -> bool:
+    """Whether a call with these inputs will have a backward."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
+
+
+def refusal(c: Tensor, n: int, options: LossOptions, eps: float | None) -> str:
+    """Why a call takes the exact backward, or '' where it is sparse. eps None: no filter."""
+    return common_refusal(c.shape[0], n, options, eps) or _refusal_of_c(c, n, eps)
+
+
+def shard_refusal(c: Tensor, n: int, eps: float) -> str:
+    """Why one shard of a vocabulary, which `common_refusal` does not refuse, is exact, or ''."""
+    if c.shape[0] <= SMALL_SHARD:
+        return f"a shard of at most {SMALL_SHARD} ids is always exact"
+    return _refusal_of_c(c, n, eps)
+
+
+def common_refusal(vocab: int, n: int, options: LossOptions, eps: float | None) -> str:
+    """Why no rank of a sharded call is sparse, or ''. vocab: ids in all."""
+    if eps is None:
+        return "no filter was asked for"
     if vocab <= SMALL_VOCAB:
         return f"a vocabulary of at most {SMALL_VOCAB} ids is always exact"
     if options.label_smoothing and options.softcap:
@@ -42,6 +64,11 @@ def refusal(c: Tensor, n: int, options: LossOptions, eps: float) -> str:
         return "a threshold below 2^-24 is exact"
     if n == 0:
         return "there are no rows"
+    return ""
+
+
+def _refusal_of_c(c: Tensor, n: int, eps: float) -> str:
+    vocab = c.shape[0]
     if c.stride(1) != 1 or c.stride(0) % 8 or c.shape[1] % 8 or c.stride(0) < c.shape[1]:
         return "the rows of c do not lie one after another at multiples of 16 bytes"
     # A row block counts its candidates, up to 128 a vocabulary entry, in 32 bits.
@@ -57,7 +84,8 @@ def _forward_cuda(*args: Any) -> tuple[Tensor, ...]:
 def _fake_forward(dense: Callable[..., tuple]) -> Callable[..., tuple]:
     def fake(*args: Any) -> tuple:
         *shared, eps, _, _ = args
-        return (*dense(*shared), *fake_lists(args[0], args[1], eps))
+        e, c = args[:2]
+        return (*dense(*shared), *fake_lists(e, e.shape[0], c.shape[0], eps))
 
     return fake
 
@@ -79,7 +107,7 @@ def _backward(ctx: Any, dnll: Tensor | None, dlse: Tensor | None, *_: Tensor | N
     wanted = [needs[_INPUTS.index(name)] for name in ("e", "c", "bias", "u", "lora_b")]
     e, c, targets, bias, u, lora_b, lse, *lists = ctx.saved_tensors
     grads = torch.ops.cce.sparse_ce_backward(
-        dnll, dlse, e, c, targets, lse, bias, u, lora_b, lists, *ctx.options, *wanted
+        dnll, dlse, e, c, targets, lse, bias, u, lora_b, lists, None, *ctx.options, *wanted
     )
     de, dc, dbias, du, db = (g if w else None for g, w in zip(grads, wanted, strict=True))
     return (de, dc, None, dbias, du, db, *(None,) * (len(needs) - len(_INPUTS)))
@@ -92,6 +120,7 @@ def register(
     refuse_double: Callable[..., tuple],
 ) -> None:
     """Defines the pair in `library`; fake_forward, fake_backward: shapes of ``linear_ce``'s."""
+    shard.register(library, fake_forward)
     library.define(_FORWARD)
     library.define(_BACKWARD)
     library.impl("sparse_ce_forward", _forward_cuda, "CUDA")

@@ -4,6 +4,7 @@ checked against."""
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -32,6 +33,20 @@ class SparseGradients(NamedTuple):
     kept: Tensor  # (N,) per row, the target not counted
     dropped_share: Tensor  # T
     exact_rows: Tensor  # (N,) bool: rows that took the exact path
+
+
+class Shard(NamedTuple):
+    """What a shard of the vocabulary has to be told of the others."""
+
+    start: int  # its first id
+    vocab: int  # ids in all
+    lse: Tensor  # (N,) over all shards
+    merge_bounds: Callable[[Tensor], Tensor]  # (N,): of that lse, from those of this shard's own
+    add_up: Callable[[Tensor], Tensor]  # what all shards drop, from what this one does
+
+
+def _same(x: Tensor) -> Tensor:
+    return x
 
 
 def sample_bound(z: Tensor, vocab: int) -> Tensor:
@@ -78,20 +93,26 @@ def sparse_gradients(
     options: LossOptions,
     eps: float,
     capacity: int | None = None,
+    shard: Shard | None = None,
 ) -> SparseGradients:
     """Gradients of Σ dnll nll + dlse lse with entries below the probability ``eps`` replaced by
     their tail.
 
     Shapes: dnll, dlse (N,), e (N, D), c (V, D), targets (N,), bias (V,), u (N, R), lora_b (V, R).
-    capacity: candidates a row, pooled over 128 rows that count; None: no limit.
+    capacity: candidates a row, pooled over 128 rows that count; None: no limit. shard: what there
+    is beside the given rows of c (and of bias and lora_b), whose part of the gradients by e and u
+    the results then are; None: nothing.
     """
     z = logits(e, c, bias, u, lora_b, options)
-    n, vocab = z.shape
+    if shard is None:
+        shard = Shard(0, z.shape[1], torch.logsumexp(z, -1), _same, _same)
+    vocab, lse = z.shape[1], shard.lse
     scale, smoothing = options.logit_scale, options.label_smoothing
     valid = targets != options.ignore_index
-    slot = torch.where(valid, targets.long(), 0)
-    is_target = torch.zeros_like(z, dtype=torch.bool).scatter_(1, slot[:, None], valid[:, None])
-    lse = torch.logsumexp(z, -1)
+    slot = targets.long() - shard.start
+    here = valid & (slot >= 0) & (slot < vocab)  # where this shard holds the target
+    slot = torch.where(here, slot, 0)
+    is_target = torch.zeros_like(z, dtype=torch.bool).scatter_(1, slot[:, None], here[:, None])
     p = torch.exp(z - lse[:, None])
     capped = 1 - (z / options.softcap) ** 2 if options.softcap else None
     weight = p if capped is None else p * capped
@@ -104,10 +125,12 @@ def sparse_gradients(
 
     # Forward: candidates; finish: what is kept, and the mass of what is not.
     bound = sample_bound(z[:, sampled_columns(vocab, z.device)], vocab)
-    frequent = sampled_targets(targets[valid])
+    frequent = sampled_targets(targets[valid]) - shard.start
+    frequent = frequent[(frequent >= 0) & (frequent < vocab)]
     if frequent.numel():
         bound = torch.maximum(bound, torch.logsumexp(z[:, frequent], -1))
-    bound = torch.maximum(bound, z.gather(1, slot[:, None])[:, 0]) - 0.01
+    own = torch.where(here, z.gather(1, slot[:, None])[:, 0], -torch.inf)
+    bound = shard.merge_bounds(torch.maximum(bound, own) - 0.01)
     candidate = (z >= bound[:, None] + math.log(eps)) if eps > 0 else z == z
     kept = (p >= eps) & ~is_target
     keeps = kept | is_target
@@ -121,7 +144,7 @@ def sparse_gradients(
 
     # Which rows go the exact way.
     exact = _overflowed(candidate, valid, capacity) | _blocks(bound > lse, valid)
-    share = tail.dropped_share(torch.where(exact, 0, a), mass.sum(1))
+    share = shard.add_up(tail.dropped_share(a, mass.sum(1), exact))
     # A smoothed target under a softcap has a tail of another shape. A NaN share is exact too.
     never = bool(smoothing and options.softcap)
     exact = (exact | ~(share <= tail.FLAT) | never) & valid
@@ -137,14 +160,14 @@ def sparse_gradients(
         scale * a_sparse[:, None] * mass,
         classes,
         tail.shapes(weights),
-        -scale * d_sparse * (smoothing / vocab) if smoothing else None,
+        -scale * d_sparse * (smoothing / shard.vocab) if smoothing else None,
     )
     target_part = d * (1 - smoothing) * scale
     if capped is not None:
         target_part = target_part * capped.gather(1, slot[:, None])[:, 0]
-    target_part = torch.zeros_like(z).scatter_(1, slot[:, None], target_part[:, None])
+    target_part = torch.where(is_target, target_part[:, None], 0)
     g = kept_weight.mul_(scale * a[:, None]).sub_(target_part).add_(tail.dense(spread))
-    everything = a[exact, None] * p[exact] - d[exact, None] * (smoothing / vocab)
+    everything = a[exact, None] * p[exact] - d[exact, None] * (smoothing / shard.vocab)
     everything -= (d * (1 - smoothing))[exact, None] * is_target[exact]
     g[exact] = everything * scale if capped is None else everything * scale * capped[exact]
     g[~valid] = 0

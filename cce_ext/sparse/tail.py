@@ -34,12 +34,13 @@ def groups(vocab: int) -> int:
     return -(-vocab // GROUP)
 
 
-def dropped_share(a: Tensor, mass: Tensor) -> Tensor:
-    """T = Σ|a| m / Σ|a|, a scalar: the share of the probability mass that the filter drops.
+def dropped_share(a: Tensor, mass: Tensor, exact: Tensor) -> Tensor:
+    """T = Σ|a| m / Σ|a|, a scalar: the share of the probability mass that the filter drops, over
+    the rows that are not exact anyway.
 
-    Shapes: a (N,), mass (N,): each row's dropped mass.
+    Shapes: a (N,), mass (N,): each row's dropped mass; exact (N,) bool.
     """
-    weight = a.abs()
+    weight = torch.where(exact, 0, a).abs()
     total = weight.sum()
     return torch.where(total == 0, 0, (weight * mass).sum() / total)  # NaN stays NaN
 

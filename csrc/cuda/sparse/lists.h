@@ -62,7 +62,8 @@ struct KeepParams {
       nullptr;  // (row blocks,): entries that count_kept finds, 0 in blocks that go the exact way
   uint8_t* exact =
       nullptr;  // (row blocks,): 1 where candidates overflowed or a bound lies above its lse
-  int32_t* column_counts = nullptr;  // (V,), by count_kept, must be zero: kept entries of each id in some row blocks
+  int32_t* column_counts =
+      nullptr;  // (V,), by count_kept, must be zero: kept entries of each id in some row blocks
   // For write_kept:
   const int32_t* slots = nullptr;  // (V,): number of a hot id, -1 for the others
   const int64_t* first = nullptr;  // (row blocks, parts): where a part's entries start
