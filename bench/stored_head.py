@@ -1,9 +1,17 @@
-"""Where a trained head lies that was not made here, for tests and benchmarks of gradients."""
+"""A trained head that was not made here, for tests and benchmarks of gradients: where it lies, and its files.
+
+The folder holds ``head_c0.npy``, ``head_c1.npy``, ... (rows of the classifier, to be joined) and
+``head_e.npy`` as bfloat16 bit patterns in int16, and ``head_t.npy``, the targets, as int32.
+"""
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
 
 VARIABLE = "CCE_TRAINED_HEAD"
 #: where it lies beside the repository
@@ -19,3 +27,12 @@ def find_head() -> Path | None:
     `bench.trained_head.load_head`."""
     path = Path(os.environ.get(VARIABLE, BESIDE))
     return path if path.exists() else None
+
+
+def load_folder(folder: Path) -> tuple[Tensor, Tensor, Tensor]:
+    """e (N, D) and c (V, D), bfloat16, and targets (N,) int64."""
+    count = len(list(folder.glob("head_c*.npy")))
+    parts = [torch.from_numpy(np.load(folder / f"head_c{i}.npy")) for i in range(count)]
+    e = torch.from_numpy(np.load(folder / "head_e.npy"))
+    targets = torch.from_numpy(np.load(folder / "head_t.npy")).long()
+    return e.view(torch.bfloat16), torch.cat(parts).view(torch.bfloat16), targets

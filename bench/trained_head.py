@@ -138,7 +138,7 @@ def load_head(path: Path) -> TrainedHead:
         raise FileNotFoundError(
             f"no trained head at {path}: `python -m bench.trained_head` makes one in a few minutes"
         )
-    from bench.stored_head import load_head as load_folder  # needs NumPy
+    from bench.stored_head import load_folder  # needs NumPy
 
     return TrainedHead(*load_folder(path))
 

@@ -132,10 +132,13 @@ def others(rank: int, world: int) -> None:
     loss = loss_of(e, c)
     expected = torch.autograd.grad(loss, (e, c))
     assert diagnostics()["kept"] > 0
-    compiled = torch.compile(loss_of, fullgraph=True, backend="aot_eager")(e, c)
-    torch.testing.assert_close(compiled, loss)
-    for x, y in zip(torch.autograd.grad(compiled, (e, c)), expected, strict=True):
-        assert error(x, y.float()) < 1e-3
+    if "nccl" in str(
+        dist.get_backend_config()
+    ):  # traced collectives of CUDA tensors crash over gloo
+        compiled = torch.compile(loss_of, fullgraph=True, backend="aot_eager")(e, c)
+        torch.testing.assert_close(compiled, loss)
+        for x, y in zip(torch.autograd.grad(compiled, (e, c)), expected, strict=True):
+            assert error(x, y.float()) < 1e-3
     wide = [t.detach().float().requires_grad_() for t in (e, c)]
     with torch.autocast("cuda", dtype=torch.bfloat16):
         cast = loss_of(*wide)

@@ -182,6 +182,16 @@ def test_flat_calls_go_the_exact_way(kind: str) -> None:
         assert torch.isfinite(x).all()
 
 
+@pytest.mark.parametrize("n", [300, 2500])
+def test_flat_calls_of_a_low_rank_head(n: int) -> None:
+    """Fewer rows than the exact kernel takes at a time, and more."""
+    problem = Problem(n, 20000, 128, rank=24, logit_scale=0.1)
+    got = problem.gradients()
+    assert diagnostics()["exact_rows"] == n
+    for name, x in problem.gradients(e_grad=False, c_grad=False).items():
+        assert error(got[name], x) < 4e-3, name
+
+
 @pytest.mark.parametrize("v", [20001, 20003])
 def test_flat_calls_with_a_ragged_vocabulary(v: int) -> None:
     """The last columns of the exact rows' logit gradients are no multiple of 16 bytes."""

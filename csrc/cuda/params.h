@@ -99,16 +99,17 @@ struct ExactRowsParams {
   Gradient de, du;                    // rows of the list are overwritten
   Gradient dc, dlora_b;               // are added to
   float* dbias = nullptr;             // (cols,), is added to
-  void* workspace = nullptr;          // exact_rows_workspace bytes, the first 16 of them zero
+  void* workspace = nullptr;          // exact_rows_workspace bytes
 };
 
 // Rows and columns of logit gradients that exist at a time.
 constexpr int kExactRows = 2048, kExactCols = 8192;
 constexpr int64_t kExactBarrierBytes = 256;
 
+// The workspace: a counter, the fp32 sums of that many rows of dE, then of dU, then the logit gradients.
+constexpr int64_t rows_at_a_time(int64_t n) { return n < kExactRows ? n : kExactRows; }
 inline int64_t exact_rows_workspace(int64_t n, int64_t row_widths) {
-  const int64_t rows = n < kExactRows ? n : kExactRows;
-  return kExactBarrierBytes + rows * (2 * int64_t{kExactCols} + 4 * row_widths);
+  return kExactBarrierBytes + rows_at_a_time(n) * (2 * int64_t{kExactCols} + 4 * row_widths);
 }
 
 }  // namespace cce::cuda

@@ -159,7 +159,7 @@ __device__ __forceinline__ void multiply_patch(const ExactRowsParams& p, Plan<T>
     }
     if (threadIdx.x == 0) set_inputs(p, plan, rows, low_rank);
     __syncthreads();
-    const int64_t before_u = p.de.data ? int64_t{kExactRows} * p.de.width : 0;
+    const int64_t before_u = p.de.data ? rows_at_a_time(p.n) * p.de.width : 0;
     if (rows)
       product_tile<T, Config, false>(plan.inputs, low_rank ? p.du : p.de,
                                      plan.sums + (low_rank ? before_u : 0),
@@ -174,7 +174,7 @@ __device__ __forceinline__ void multiply_patch(const ExactRowsParams& p, Plan<T>
 template <typename T, typename Config>
 __device__ void set_plan(const ExactRowsParams& p, Plan<T>& plan, int row0, int col0) {
   const int count = *p.head.order.count, vocab = static_cast<int>(p.head.c.rows);
-  const int64_t group = min(p.n, int64_t{kExactRows});
+  const int64_t group = rows_at_a_time(p.n);
   Patch& at = plan.at;
   at.row0 = row0;
   at.rows = min(kExactRows, count - row0);
