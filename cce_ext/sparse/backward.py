@@ -117,7 +117,9 @@ def _sparse(
         min(tail.SAMPLE, targets.shape[0]),
     )  # fmt: skip
     diagnostics.record_backward(lists.tally, share, exact)
-    kind = (e.device.index, e.dtype, *c.shape, softcap, logit_scale, eps)
+    # Batches of about this size: few rows are flat more often than many.
+    size = e.shape[0].bit_length()
+    kind = (e.device.index, e.dtype, size, *c.shape, softcap, logit_scale, eps)
     flat = history.mostly_exact(kind)
     history.note(kind, exact_share)
     if flat:
