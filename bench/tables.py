@@ -12,6 +12,7 @@ anything would change.
 from __future__ import annotations
 
 import argparse
+import json
 import re
 import sys
 from collections.abc import Callable
@@ -56,6 +57,13 @@ def number(value: float | None) -> str:
     return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
 
 
+def extra(row: Row) -> str:
+    """MB beyond inputs and gradients; nothing where something else was freed while the call was
+    measured, which shows as less than nothing."""
+    value = row.get("extra_mb")
+    return "" if value is None or value < 0 else number(value)
+
+
 def shape(row: Row) -> str:
     """Tokens, vocabulary and width of a row, with the model's name."""
     name = "" if row["test_data"] in ("small", "quick") else f" ({row['test_data']})"
@@ -81,7 +89,7 @@ def steps(results: Results) -> str:
     rows = []
     for (size, dtype), methods in found.items():
         pair = [methods.get(name, {}) for name in ("eager", "cce")]
-        cells = [number(r.get(k)) for k in ("extra_mb", "runtime_ms") for r in pair]
+        cells = [extra(r) for r in pair] + [number(r.get("runtime_ms")) for r in pair]
         rows.append([size, dtype, *cells])
     header = ["tokens × vocabulary × width", "dtype", "stored logits, MB", "cce_ext, MB"]
     return markdown([*header, "stored logits, ms", "cce_ext, ms"], rows) + "\n" + source(results)
@@ -135,10 +143,7 @@ def speed(results: Results) -> str:
 def memory(results: Results) -> str:
     """MB beyond inputs and gradients."""
 
-    def cell(row: Row) -> str:
-        return number(row.get("extra_mb"))
-
-    return _by_method(results, cell, ("loss-fw", "loss-fw-bw"), matmul=False)
+    return _by_method(results, extra, ("loss-fw", "loss-fw-bw"), matmul=False)
 
 
 def _case(row: Row) -> str:
@@ -178,6 +183,25 @@ def thresholds(results: Results) -> str:
     return markdown(header, table) + "\n" + source(results)
 
 
+def gradients(path: Path) -> str:
+    """Errors of dE and dC on a trained head and its variants, of a run of bench.sparse_gradients."""
+    run = json.loads(path.read_text(encoding="utf-8"))
+    most = max(row["n"] for row in run["accuracy"])
+    found: dict[str, dict[str, str]] = {}
+    for row in run["accuracy"]:
+        if row["n"] == most:
+            cell = f"{row['dE']:.1e} / {row['dC']:.1e}"
+            if row.get("exact rows"):
+                cell += " (exact)" if row["exact rows"] == most else " (partly exact)"
+            found.setdefault(row["head"], {})[row["method"]] = cell
+    methods = list(dict.fromkeys(row["method"] for row in run["accuracy"]))
+    table = [[head, *(cells.get(m, "") for m in methods)] for head, cells in found.items()]
+    where = f"From `python -m bench.sparse_gradients` on {run['device']}, torch {run['torch']}.\n"
+    return markdown([f"N = {most}: dE / dC", *methods], table) + "\n" + where
+
+
+# Of files that are no `Results`.
+FROM_FILES: dict[str, Callable[[Path], str]] = {"gradients": gradients}
 TABLES: dict[str, Callable[[Results], str]] = {
     "steps": steps,
     "speed": speed,
@@ -196,10 +220,15 @@ def rewrite(text: str, root: Path = ROOT) -> str:
 
     def make(match: re.Match[str]) -> str:
         opening, kind, file, old, closing = match.groups()
-        if kind not in TABLES:
-            raise ValueError(f"no table {kind!r}; there are {', '.join(TABLES)}")
+        if kind not in (TABLES | FROM_FILES):
+            raise ValueError(f"no table {kind!r}; there are {', '.join(TABLES | FROM_FILES)}")
         path = root / file
-        new = TABLES[kind](load(path)) if path.exists() else old
+        if not path.exists():
+            new = old
+        elif kind in FROM_FILES:
+            new = FROM_FILES[kind](path)
+        else:
+            new = TABLES[kind](load(path))
         return opening + new + closing
 
     return _BLOCK.sub(make, text)
