@@ -104,7 +104,7 @@ def linear_cross_entropy(
         filter_eps: probability from which the backward of the compiled GPU kernels keeps an entry
             of a token's distribution: "auto" (2⁻¹³ for bfloat16; 2⁻¹⁵ for float16 and low-rank
             heads), "high" (2⁻¹⁵), a number, or None for the exact gradient. What the entries below
-            weigh is not lost: their total is exact for each token and each 4096 ids, and is spread
+            weigh is not lost: their total is exact for each token and each 4608 ids, and is spread
             as it is in a sample of tokens (cce_ext/sparse). Exact all the same: every other
             device and implementation; vocabularies of up to 16384 ids; label smoothing under a
             softcap; shards of up to 8192 ids; calls whose tokens are so undecided that over a tenth
