@@ -24,7 +24,7 @@ from tqdm import tqdm
 from bench.llm_data import describe, llm_like
 from bench.problems import SHAPES
 from bench.stored_head import HELP, find_head
-from bench.timing import Call, Timer, matmul_call, summarise
+from bench.timing import Call, Timer, graph_of, matmul_call, summarise
 from bench.trained_head import load_head
 from cce_ext import diagnostics, linear_cross_entropy
 
@@ -157,19 +157,6 @@ def peaks(e: Tensor, c: Tensor, targets: Tensor) -> dict[str, float]:
     result["backward beyond gradients"] = peak() - before - size
     result["gradients"] = size
     return result
-
-
-def graph_of(step: Callable[[], tuple[Tensor, ...]]) -> tuple[Any, tuple[Tensor, ...]]:
-    """A CUDA graph of a step, and where its results will be."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        step()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        results = step()
-    return graph, results
 
 
 def as_call(run: Callable[[], object]) -> Call:

@@ -145,6 +145,21 @@ def cuda_memory(call: Call) -> Memory:
     return peak
 
 
+def graph_of(
+    step: Callable[[], tuple[Tensor, ...]],
+) -> tuple[torch.cuda.CUDAGraph, tuple[Tensor, ...]]:
+    """A CUDA graph of a step, and where its results will be."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = step()
+    return graph, results
+
+
 def clocks(device: torch.device) -> dict[str, str]:
     """Clocks, power, temperature and throttling of a GPU as nvidia-smi reports them; nothing is
     set. Empty where it does not answer."""

@@ -8,6 +8,7 @@ import itertools
 import pytest
 import torch
 
+from bench.timing import graph_of
 from cce_ext import diagnostics, linear_cross_entropy
 from tests.oracle import Case, compare, differentiate, ours
 from tests.shapes import GPU_HUGE, GPU_TILES
@@ -168,14 +169,7 @@ def test_a_step_is_captured_in_a_graph() -> None:
         loss = linear_cross_entropy(e, c, t, filter_eps=None)
         return (loss.detach(), *torch.autograd.grad(loss, (e, c)))
 
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        step()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = step()
+    graph, captured = graph_of(step)
     with torch.no_grad():
         e.normal_()
         t.random_(5000)

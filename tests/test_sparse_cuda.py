@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from bench.llm_data import llm_like
+from bench.timing import graph_of
 from cce_ext import diagnostics, linear_cross_entropy
 from cce_ext.options import LossOptions
 from cce_ext.sparse import forward as sparse_forward
@@ -262,14 +263,7 @@ def test_a_step_is_captured_in_a_graph() -> None:
         loss = linear_cross_entropy(e, c, t)
         return (loss.detach(), *torch.autograd.grad(loss, (e, c)))
 
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        step()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = step()
+    graph, captured = graph_of(step)
     other = Problem(300, 20000, 128, seed=1, ignored=0.3)
     for scale in (1.0, 0.05):  # sparse, then flat
         with torch.no_grad():

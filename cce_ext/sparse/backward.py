@@ -94,18 +94,6 @@ def _sparse(
     need_lora_b,
 ):  # fmt: skip
     targets = targets.long().contiguous()
-    call = _Call(
-        readable(e, e.dtype),
-        readable(c, c.dtype),  # a copy only where c starts in the middle of 16 bytes
-        targets,
-        lse.contiguous(),
-        None if bias is None else bias.float().contiguous(),
-        None if u is None else readable(u, e.dtype),
-        None if lora_b is None else readable(lora_b, e.dtype),
-        LossOptions(ignore_index, softcap, logit_scale, label_smoothing),
-        (vocab_start, vocab_total or vocab_start + c.shape[0]),
-        eps,
-    )
     dnll, dlse = row_vector(dnll), row_vector(dlse)
     a, d, row_mass, own_share = torch.ops.cce.backward_shares(
         dnll, dlse, targets, lists.mass, lists.exact_rows, ignore_index
@@ -128,6 +116,19 @@ def _sparse(
             label_smoothing, vocab_start, vocab_total, need_e, need_c, need_bias, need_u,
             need_lora_b,
         )  # fmt: skip
+
+    call = _Call(
+        readable(e, e.dtype),
+        readable(c, c.dtype),  # a copy only where c starts in the middle of 16 bytes
+        targets,
+        lse.contiguous(),
+        None if bias is None else bias.float().contiguous(),
+        None if u is None else readable(u, e.dtype),
+        None if lora_b is None else readable(lora_b, e.dtype),
+        LossOptions(ignore_index, softcap, logit_scale, label_smoothing),
+        (vocab_start, vocab_total or vocab_start + c.shape[0]),
+        eps,
+    )
 
     # What is there for each gradient: (N, width) or (V, width), and where it starts from.
     rows_of = [(need_e, call.c, e), (need_u and u is not None, call.lora_b, u)]

@@ -62,7 +62,9 @@ struct Candidates {
   int32_t* counts = nullptr;  // (row blocks,) candidates found, those that did not fit included
   int64_t capacity = 0;       // entries a row block
 };
-// Bits of the id in a candidate; a block has 128 rows.
+// Rows of a row block: of the forward's tile on every architecture, and of what shares a pool and a list.
+constexpr int kRowBlock = 128;
+// Bits of the id in a candidate; the others number the rows of a block.
 constexpr int kCandidateIdBits = 25;
 
 struct ForwardParams {

@@ -9,8 +9,6 @@
 namespace cce::torch_api {
 namespace {
 
-constexpr int64_t kBlockRows = 128;
-
 int bit_length(int64_t x) {
   int bits = 0;
   for (; x > 0; x >>= 1) ++bits;
@@ -92,7 +90,7 @@ TrainingResult training_forward_cuda(Tensor e, Tensor c, Tensor targets, std::op
   const Order order(row_order, row_count);
   const Tensor bias32 = fp32_bias(in.bias);
   const PartialBuffers partials(in, chosen, metrics, true);
-  const int64_t blocks = ceil_div(in.n, kBlockRows);
+  const int64_t blocks = ceil_div(in.n, cuda::kRowBlock);
   const Tensor pool = empty(in.e, {blocks, capacity, 2}, ScalarType::Int);
   const Tensor counts = zeros(in.e, {blocks}, ScalarType::Int);
   cuda::Candidates candidates;

@@ -10,7 +10,7 @@
 
 namespace cce::cuda {
 
-// [column group of warps][row of the block]. From extra on, for the general kernel only.
+// [column group of warps][row of the block]. From extra on, used beyond Mode::kPlain alone.
 template <int kGroups, int kBlockM>
 struct RowStates {
   float max[kGroups][kBlockM];

@@ -4,8 +4,9 @@
 // warps that all load, multiply and run the epilogue; persistent, one block a multiprocessor, no atomics.
 // Epilogue: each warp folds its 64 x 64 part into row states in shared memory that it alone owns (4 column groups x 128
 // rows); at the end of a unit (one row block x one split) the block merges the four groups in fixed order and writes one
-// partial per row. Shared memory: the pipeline, then RowStates, in training also 6 KB of candidates. In training, entries that the sparse
-// gradient may keep go to the row block's pool in device memory, by way of the warp's candidates in shared memory.
+// partial per row. Shared memory: the pipeline, then RowStates, in training also 6 KB of candidates. In training, entries
+// that the sparse gradient may keep go to the row block's pool in device memory, by way of the warp's candidates in
+// shared memory.
 #pragma once
 
 #include "cuda/common/row_states.cuh"
@@ -31,6 +32,7 @@ template <typename T, typename Config, Mode kMode, bool kTraining>
 __global__ void __launch_bounds__(Config::kThreads, 1)
     forward_mainloop(const __grid_constant__ Work work, const LogitParams logits,
                      const Partials out, const Candidates candidates, int64_t ld, int first_col) {
+  static_assert(Config::kBlockM == kRowBlock);
   extern __shared__ __align__(128) uint8_t shared[];
   auto& states = *reinterpret_cast<States<Config>*>(shared + Config::kPipelineBytes);
   auto& buffers = *reinterpret_cast<Buffers<Config>*>(&states + 1);  // training alone

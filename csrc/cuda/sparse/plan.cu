@@ -75,7 +75,7 @@ __global__ void __launch_bounds__(kBlock) place_kernel(const __grid_constant__ P
     p.tally[0] = found;
     p.tally[1] = before;
     p.tally[2] = overflowed;
-    p.tally[3] = (*p.row_count + 127) / 128;
+    p.tally[3] = (*p.row_count + kRowBlock - 1) / kRowBlock;
   }
 }
 
@@ -135,7 +135,7 @@ __global__ void row_starts_kernel(const __grid_constant__ UnpackParams p) {
     p.row_first[i / 2] = at;
   else
     p.row_hot[i / 2] = at;
-  if (i < p.n) p.exact_rows[p.order.rows[i]] = i < *p.order.count && p.exact[i / 128];
+  if (i < p.n) p.exact_rows[p.order.rows[i]] = i < *p.order.count && p.exact[i / kRowBlock];
 }
 
 __global__ void column_starts_kernel(const int32_t* sorted_ids, int64_t capacity, int64_t vocab,
