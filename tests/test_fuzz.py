@@ -1,4 +1,5 @@
-"""Random shapes and option sets against float64 eager PyTorch.
+"""Random shapes and option sets: the exact gradient against float64 eager PyTorch, and on a GPU the
+sparse one against its reference.
 
 CCE_FUZZ_CASES sets how many cases there are (40 by default), CCE_FUZZ_SEED the seed of the first; a
 failure names its case.
@@ -12,7 +13,10 @@ import random
 import pytest
 import torch
 
+from cce_ext.sparse import history
+from cce_ext.sparse.tail import FLAT, GROUP
 from tests.oracle import Case, compare
+from tests.sparse_problem import Problem, mismatches
 
 CASES = int(os.environ.get("CCE_FUZZ_CASES", "40"))
 SEED = int(os.environ.get("CCE_FUZZ_SEED", "20260101"))
@@ -66,4 +70,51 @@ def test_random_cases(device: str) -> None:
         case = random_case(seed, device)
         slack = CUDA_SLACK if device == "cuda" else SLACK[case.dtype]
         failures += [f"{case}: {failure}" for failure in compare(case).failures(slack)]
+    assert not failures, f"{len(failures)} of {CASES} cases:\n" + "\n".join(failures[:10])
+
+
+def random_sparse_options(seed: int) -> dict[str, object]:
+    """Arguments of a `Problem` from a seed: large enough a vocabulary for the sparse gradient."""
+    r = random.Random(seed)
+    if r.random() < 0.5:
+        tile = r.choice((192, 256, GROUP))
+        v = max(16385, r.randint(16385, 40000) // tile * tile + r.choice((-1, 0, 1, 8)))
+    else:
+        v = round(16385 * 2.5 ** r.random())
+    near = r.choice((64, 128, 256, 512, 1024)) + r.choice((-1, 0, 1))
+    options: dict[str, object] = {
+        "n": near if r.random() < 0.4 else round(1500 ** r.random()),
+        "v": v,
+        "d": 8 * round(80 ** r.random()),
+        "dtype": r.choice((torch.bfloat16, torch.float16)),
+        "rank": r.choice((0, 0, 0, 1, 8, 16, 100, 256)),
+        "bias": r.random() < 0.4,
+        "ignored": r.choice((0.0, 0.0, 0.1, 0.5, 0.95)),
+        "lse": r.random() < 0.3,
+        "logit_scale": r.choice((1.0, 1.0, 1.0, 0.9, 0.5, 1.5)),
+        "eps": 2.0 ** -r.choice((10, 12, 13, 13, 13, 14, 16)),
+        "seed": seed,
+    }
+    either = r.random()
+    if either < 0.25:
+        options["softcap"] = r.choice((15.0, 30.0, 50.0))
+    elif either < 0.4:
+        options["label_smoothing"] = r.choice((0.05, 0.1))
+    return options
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_random_sparse_cases() -> None:
+    print(f"fuzz: {CASES} sparse cases from seed {SEED}")
+    failures, sparse = [], 0
+    for seed in range(SEED, SEED + CASES):
+        history.clear()  # of flat calls, which make later ones exact
+        problem = Problem(**(options := random_sparse_options(seed)))
+        expected = problem.reference()
+        if abs(expected.dropped_share.item() - FLAT) < 2e-3:
+            continue  # rounding decides whether the call counts as flat
+        sparse += not expected.exact_rows.any()
+        failures += [f"{options}: {m}" for m in mismatches(problem, expected, 8e-3)]
+    print(f"fuzz: {sparse} without an exact row")
+    assert sparse > CASES // 4
     assert not failures, f"{len(failures)} of {CASES} cases:\n" + "\n".join(failures[:10])
