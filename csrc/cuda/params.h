@@ -108,10 +108,14 @@ struct ExactRowsParams {
 constexpr int kExactRows = 2048, kExactCols = 8192;
 constexpr int64_t kExactBarrierBytes = 256;
 
-// The workspace: a counter, the fp32 sums of that many rows of dE, then of dU, then the logit gradients.
+// The workspace: a counter, the fp32 sums of that many rows of dE, then of dU, then the logit gradients, which are copied 16
+// bytes at a time.
 constexpr int64_t rows_at_a_time(int64_t n) { return n < kExactRows ? n : kExactRows; }
+constexpr int64_t exact_sums(int64_t n, int64_t row_widths) {
+  return (rows_at_a_time(n) * row_widths + 3) / 4 * 4;
+}
 inline int64_t exact_rows_workspace(int64_t n, int64_t row_widths) {
-  return kExactBarrierBytes + rows_at_a_time(n) * (2 * int64_t{kExactCols} + 4 * row_widths);
+  return kExactBarrierBytes + 2 * rows_at_a_time(n) * kExactCols + 4 * exact_sums(n, row_widths);
 }
 
 }  // namespace cce::cuda

@@ -174,7 +174,7 @@ __device__ __forceinline__ void multiply_patch(const ExactRowsParams& p, Plan<T>
 template <typename T, typename Config>
 __device__ void set_plan(const ExactRowsParams& p, Plan<T>& plan, int row0, int col0) {
   const int count = *p.head.order.count, vocab = static_cast<int>(p.head.c.rows);
-  const int64_t group = rows_at_a_time(p.n);
+  const int64_t widths = (p.de.data ? p.de.width : 0) + (p.du.data ? p.du.width : 0);
   Patch& at = plan.at;
   at.row0 = row0;
   at.rows = min(kExactRows, count - row0);
@@ -183,8 +183,7 @@ __device__ void set_plan(const ExactRowsParams& p, Plan<T>& plan, int row0, int 
   at.first = col0 == 0;
   at.last = col0 + at.cols == vocab;
   plan.sums = reinterpret_cast<float*>(static_cast<char*>(p.workspace) + kExactBarrierBytes);
-  plan.g = reinterpret_cast<T*>(
-      plan.sums + group * ((p.de.data ? p.de.width : 0) + (p.du.data ? p.du.width : 0)));
+  plan.g = reinterpret_cast<T*>(plan.sums + exact_sums(p.n, widths));
   Work& work = plan.work;
   work.e = p.head.e;
   work.u = p.head.u;
