@@ -16,7 +16,7 @@ import torch
 from cce_ext.sparse import history
 from cce_ext.sparse.tail import FLAT, GROUP
 from tests.oracle import Case, compare
-from tests.sparse_problem import Problem, mismatches
+from tests.sparse_cuda_problem import Problem, mismatches
 
 CASES = int(os.environ.get("CCE_FUZZ_CASES", "40"))
 SEED = int(os.environ.get("CCE_FUZZ_SEED", "20260101"))

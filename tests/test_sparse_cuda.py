@@ -11,7 +11,7 @@ from bench.timing import graph_of
 from cce_ext import diagnostics, linear_cross_entropy
 from cce_ext.sparse import forward as sparse_forward
 from cce_ext.sparse import history
-from tests.sparse_problem import BF16, EPS, FP16, Problem, compare, error
+from tests.sparse_cuda_problem import BF16, EPS, FP16, Problem, compare, error
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 

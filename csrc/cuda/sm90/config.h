@@ -13,7 +13,7 @@ struct Config {
   static constexpr int kBytesA = kBlockM * kBlockK * 2, kBytesB = kBlockN * kBlockK * 2;
   static constexpr int kStageBytes = kBytesA + kBytesB;
   static constexpr int kPipelineBytes = kStages * kStageBytes;
-  static constexpr int kBarrierBytes = 2 * 8 * kStages;
+  static constexpr int kBarrierBytes = 8 * (2 * kStages + kConsumers);
   static constexpr int kAlignment = 1024;  // of a stage's tiles, for the 128-byte swizzle
   static_assert(kBytesA % kAlignment == 0 && kBytesB % kAlignment == 0);
 };

@@ -2,7 +2,8 @@
 // (U, B), without joining them in memory.
 //
 // Shared memory: kStages slices, each an A tile (128, 64) and a B tile (192, 64) with the 128-byte swizzle, 40 KB; then a
-// full and an empty barrier a stage. Persistent, one block a multiprocessor, three warpgroups:
+// full and an empty barrier a stage, and one for each of warpgroups 0 and 1. Persistent, one block a multiprocessor, three
+// warpgroups:
 // - Warpgroups 0 and 1 multiply: tile t of the block's stream belongs to warpgroup t % 2, all 128 rows of it (192
 //   accumulators a thread). While one runs its epilogue the other has the tensor cores ("ping-pong").
 // - Warpgroup 2 loads. Where every row counts, or there is a copy of E in the row order, one thread issues tensor copies for
@@ -11,8 +12,9 @@
 // Barrier protocol: full[s] completes when the bytes of the stage are there: one arrival (which names the bytes of the
 // tensor copies), and in gather mode 128 more, when each thread's own cp.async have landed; whoever multiplies then orders
 // them before the tensor cores' reads (fence.proxy.async). empty[s] completes by one arrival, of the warpgroup that has
-// multiplied the stage, one slice late, when its products have been waited for. Named barriers: kProductTurn + w lets
-// warpgroup w issue a tile's products, kEpilogueTurn + w lets it touch what both share; each is given by the other.
+// multiplied the stage, one slice late, when its products have been waited for. epilogue[w] completes by the 128 arrivals of
+// the other warpgroup, before its first tile or after an epilogue: then warpgroup w may touch what both share. The named
+// barrier kProductTurn + w lets warpgroup w issue a tile's products, which touch nothing shared; the other one gives it.
 #pragma once
 
 #include <cstdint>
@@ -33,7 +35,7 @@
 
 namespace cce::cuda::sm90 {
 
-constexpr int kProductTurn = 1, kEpilogueTurn = 3;
+constexpr int kProductTurn = 1;
 
 // The stage that a thread is at, and the parity of its barriers' phase.
 struct Ring {
@@ -55,13 +57,14 @@ struct Ring {
 
 // Where things are in shared memory, and how many slices a tile has.
 struct Pipeline {
-  uint32_t stages, full, empty;
+  uint32_t stages, full, empty, epilogue;
   int slices_main, slices;
 
   __device__ Pipeline(uint32_t base, const Work& work)
       : stages(base),
         full(base + Config::kPipelineBytes),
         empty(full + 8 * Config::kStages),
+        epilogue(empty + 8 * Config::kStages),
         slices_main((static_cast<int>(work.e.cols) + Config::kBlockK - 1) / Config::kBlockK),
         slices(slices_main +
                (static_cast<int>(work.u.cols) + Config::kBlockK - 1) / Config::kBlockK) {}
@@ -77,6 +80,7 @@ __device__ __forceinline__ void init_barriers(const Pipeline& pipe, bool gather)
     ptx::mbarrier_init(pipe.full + 8 * s, gather ? 129 : 1);
     ptx::mbarrier_init(pipe.empty + 8 * s, 1);
   }
+  for (int w = 0; w < Config::kConsumers; ++w) ptx::mbarrier_init(pipe.epilogue + 8 * w, 128);
   ptx::fence_mbarrier_init();
 }
 
@@ -195,16 +199,18 @@ __device__ __forceinline__ void start_accumulators(
 template <typename T, typename TileEpilogue>
 __device__ __forceinline__ void consume(const Work& work, const Pipeline& pipe, int row_blocks,
                                         bool gather, const float* bias, TileEpilogue&& epilogue) {
-  const int mine = threadIdx.x / 128, other = mine ^ 1;
+  // Known to be the same in a whole warp, so that what follows from it takes no register of a thread.
+  const int mine = __shfl_sync(~0u, static_cast<int>(threadIdx.x) / 128, 0), other = mine ^ 1;
   if (mine == 1) {  // warpgroup 0 begins
     ptx::barrier_arrive(kProductTurn, 256);
-    ptx::barrier_arrive(kEpilogueTurn, 256);
+    ptx::mbarrier_arrive(pipe.epilogue);
   }
   Ring ring;
-  bool turn = mine == 0;
+  // Even: my turn; the next bit is the phase of epilogue[mine].
+  int step = -mine;
   float acc[Config::kMmaM][Config::kAccumulators];
-  for (Cursor at(work, row_blocks); !at.done(); at.next_tile(), turn = !turn) {
-    if (!turn) {
+  for (Cursor at(work, row_blocks); !at.done(); at.next_tile(), ++step) {
+    if (step % 2 != 0) {
       ring.skip(pipe.slices);
       continue;
     }
@@ -213,9 +219,9 @@ __device__ __forceinline__ void consume(const Work& work, const Pipeline& pipe, 
                        static_cast<int>(work.c.rows));
     ptx::barrier_sync(kProductTurn + mine, 256);
     multiply<T>(acc, pipe, ring, gather, other);
-    ptx::barrier_sync(kEpilogueTurn + mine, 256);
+    ptx::mbarrier_wait(pipe.epilogue + 8 * mine, step >> 1 & 1);
     epilogue(acc, at);
-    ptx::barrier_arrive(kEpilogueTurn + other, 256);
+    ptx::mbarrier_arrive(pipe.epilogue + 8 * other);
   }
 }
 
