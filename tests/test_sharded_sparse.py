@@ -19,7 +19,7 @@ from cce_ext.distributed.vocab_parallel import ShardKernels, sharded_loss
 from cce_ext.options import Filter, LossOptions
 from cce_ext.reference import logits
 from cce_ext.sparse import tail
-from cce_ext.sparse.forward import Found, Lists
+from cce_ext.sparse.forward import Found, Lists, Selected
 from cce_ext.sparse.reference import Shard, SparseGradients, sparse_gradients
 from cce_ext.sparse.shard import _by_groups
 from tests.ranks import run_ranks
@@ -197,8 +197,10 @@ class Kernels:
 
     def __init__(self) -> None:
         self.library = torch.library.Library("cce", "IMPL")
-        for name in ("bound", "collect", "list", "share", "backward"):
+        for name in ("bound", "collect", "share", "backward"):
             self.library.impl(f"sparse_ce_{name}", getattr(self, name), "CPU")
+        for name in ("select_kept", "sort_kept"):
+            self.library.impl(name, getattr(self, name), "CPU")
         self.calls: list[str] = []
 
     def reference(
@@ -233,9 +235,13 @@ class Kernels:
         self.whole_bound = bound2 * math.log(2)
         return (nll, lse, *others, *(torch.zeros(1) for _ in range(4)))
 
-    def list(self, *call: Any) -> tuple[Tensor, ...]:
-        self.lse = call[8]
-        return tuple(torch.zeros(1) for _ in Lists._fields[1:])
+    def select_kept(self, *call: Any) -> tuple[Tensor, ...]:
+        self.lse = call[6]
+        return tuple(torch.zeros(1) for _ in Selected._fields)
+
+    def sort_kept(self, *call: Any) -> tuple[Tensor, ...]:
+        known = ("hot_ids", "slots", "row_order", "tally")
+        return tuple(torch.zeros(1) for name in Lists._fields if name not in known)
 
     def share(self, dnll, dlse, targets, lists, ignore_index) -> Tensor:
         known = []
