@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from cce_ext import VocabParallelOptions
 from cce_ext.distributed.vocab_parallel import ShardKernels, sharded_loss
@@ -197,10 +198,9 @@ class Kernels:
 
     def __init__(self) -> None:
         self.library = torch.library.Library("cce", "IMPL")
-        for name in ("bound", "collect", "share", "backward"):
+        for name in ("bound", "collect", "select", "share", "backward"):
             self.library.impl(f"sparse_ce_{name}", getattr(self, name), "CPU")
-        for name in ("select_kept", "sort_kept"):
-            self.library.impl(name, getattr(self, name), "CPU")
+        self.library.impl("sort_kept", self.sort, "CPU")
         self.calls: list[str] = []
 
     def reference(
@@ -233,13 +233,16 @@ class Kernels:
         nll, lse, own, *others = torch.ops.cce.linear_ce_forward(*inputs, False)
         target_logit.copy_(own)
         self.whole_bound = bound2 * math.log(2)
-        return (nll, lse, *others, *(torch.zeros(1) for _ in range(4)))
+        found = Found(*(torch.zeros(1) for _ in Found._fields))
+        self.pool = StorageWeakRef(found.pool.untyped_storage())
+        return (nll, lse, *others, *found)
 
-    def select_kept(self, *call: Any) -> tuple[Tensor, ...]:
+    def select(self, *call: Any) -> tuple[Tensor, ...]:
         self.lse = call[6]
         return tuple(torch.zeros(1) for _ in Selected._fields)
 
-    def sort_kept(self, *call: Any) -> tuple[Tensor, ...]:
+    def sort(self, *call: Any) -> tuple[Tensor, ...]:
+        assert self.pool.expired(), "the pool takes memory while the lists are sorted"
         known = ("hot_ids", "slots", "row_order", "tally")
         return tuple(torch.zeros(1) for name in Lists._fields if name not in known)
 

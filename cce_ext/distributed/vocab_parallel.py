@@ -24,7 +24,7 @@ from cce_ext.distributed.dtensor import shard_of
 from cce_ext.options import Filter, LossOptions
 from cce_ext.reference import RowStatistics
 from cce_ext.sparse import shard
-from cce_ext.sparse.forward import Bounds, select_entries, sort_entries
+from cce_ext.sparse.forward import Bounds, sort_entries
 from cce_ext.sparse.op import common_refusal, differentiates, shard_refusal
 
 # Renamed in PyTorch 2.13, whose old name warns.
@@ -175,10 +175,11 @@ class _ShardedLoss(torch.autograd.Function):
         nll, lse = torch.where(valid, nll, 0), torch.where(valid, lse, 0)
         lists = ()
         if kernels.filter is not None:
-            v, ids = c.shape[0], targets.long().contiguous()
-            selected = select_entries(bounds, found, lse, ids, v, ctx.options, eps)
-            found = found[:2]  # frees the pool
-            lists = sort_entries(bounds, found, selected, lse, v, ctx.options)
+            v = c.shape[0]
+            selected = shard.select_shard(bounds, found, lse, targets, v, ctx.options, eps)
+            sums = found[:2]
+            del found  # frees the pool
+            lists = sort_entries(bounds, *sums, selected, lse, v, options.softcap)
         ctx.save_for_backward(*inputs, lse, *lists)
         ctx.set_materialize_grads(False)
         return nll, lse

@@ -3,8 +3,8 @@
 A bound of each row's lse from a sample of its logits; one pass over the vocabulary, which also
 collects the entries above bound + log ε; then those that are kept, sorted by row and by column, and
 the mass of the others. Nothing waits for the device: every list has a fixed capacity. So memory
-follows from the shapes alone (`tests/test_sparse_memory.py` counts it): candidates are the largest
-array, which callers let go of between `select_entries` and `sort_entries`.
+follows from the shapes (``python -m bench.sparse_memory`` adds it up). The pool of candidates is the
+largest array: callers let go of it between `select_entries` and `sort_entries`.
 """
 
 from __future__ import annotations
@@ -126,7 +126,7 @@ class Selected(NamedTuple):
 def lower_bounds(call: Call, target_logit: Tensor, order: Tensor, count: Tensor) -> Tensor:
     """A lower bound (N,) of each row's lse, in base 2; see `reference.sparse_gradients`. That of a
     shard's lse is one of the whole vocabulary's."""
-    e, c, targets, bias, u, lora_b = call[:6]
+    e, c, targets, bias, u, lora_b, _, softcap, logit_scale, *_ = call
     n, v = e.shape[0], c.shape[0]
     strided = min(SAMPLED_COLUMNS, v)
     ids, counts = torch.ops.cce.bound_columns(
@@ -143,15 +143,8 @@ def lower_bounds(call: Call, target_logit: Tensor, order: Tensor, count: Tensor)
             products = torch.addmm(products, u[part], b_columns, out_dtype=torch.float32)
         parts.append(
             torch.ops.cce.row_bounds(
-                products,
-                sampled_bias,
-                counts,
-                target_logit[part],
-                strided,
-                v,
-                call.softcap,
-                call.logit_scale,
-            )  # fmt: skip
+                products, sampled_bias, counts, target_logit[part], strided, v, softcap, logit_scale
+            )
         )
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
@@ -187,37 +180,40 @@ def collect(call: Call, metrics: bool, eps: float, bounds: Bounds) -> tuple[RowS
 
 def select_entries(
     bounds: Bounds,
-    found: Found,
+    pool: Tensor,
+    counts: Tensor,
     lse: Tensor,
     targets: Tensor,
     shard_size: int,
-    options: tuple,
+    ignore_index: int,
+    vocab_start: int,
+    vocab_total: int,
     eps: float,
 ) -> Selected:
-    """The kept entries, by the final lse (N,). targets (N,) int64; options: the last six fields of
-    `Call`. The pool of what was found is of no use afterwards."""
-    ignore_index, _, _, _, *place = options
+    """The kept entries, by the final lse (N,); targets (N,) int64. The pool is of no use
+    afterwards."""
     capacity = kept_capacity(lse.shape[0], shard_size, eps)
     selected = torch.ops.cce.select_kept(
-        found.pool, found.counts, *bounds, lse, targets, eps, ignore_index, shard_size, *place,
-        capacity, min(HOT_IDS, shard_size),
+        pool, counts, *bounds, lse, targets, eps, ignore_index, shard_size, vocab_start,
+        vocab_total, capacity, min(HOT_IDS, shard_size),
     )  # fmt: skip
     return Selected(*selected)
 
 
 def sort_entries(
     bounds: Bounds,
-    sums: tuple[Tensor, Tensor],
+    max_sum: Tensor,
+    capped: Tensor,
     selected: Selected,
     lse: Tensor,
     shard_size: int,
-    options: tuple,
+    softcap: float,
 ) -> Lists:
-    """Kept entries by row and by column, and the mass of the others; sums: the first fields of
-    `Found`, other arguments as of `select_entries`. Overwrites the keys of what was selected."""
+    """Kept entries by row and by column, and the mass of the others. Overwrites the keys of what
+    was selected."""
     keys, logits, exact, hot_ids, slots, tally = selected
     *entries, mass, exact_rows = torch.ops.cce.sort_kept(
-        keys, logits, exact, *sums, bounds.order, bounds.count, lse, shard_size, options[1]
+        keys, logits, exact, max_sum, capped, bounds.order, bounds.count, lse, shard_size, softcap
     )
     return Lists(*entries, hot_ids, slots, mass, exact_rows, bounds.order, tally)
 
@@ -225,12 +221,16 @@ def sort_entries(
 def forward(call: Call, metrics: bool, eps: float) -> tuple[Tensor, ...]:
     """The CUDA kernel of ``cce::sparse_ce_forward``: the seven results of ``linear_ce_forward``,
     then the fields of `Lists`."""
-    v, options = call.c.shape[0], call[6:]
+    v = call.c.shape[0]
     bounds = bound_rows(call)
-    rows, found = collect(call, metrics, eps, bounds)
-    selected = select_entries(bounds, found, rows.lse, call.targets, v, options, eps)
-    found = found[:2]  # frees the pool
-    return (*rows, *sort_entries(bounds, found, selected, rows.lse, v, options))
+    rows, (max_sum, capped, pool, counts) = collect(call, metrics, eps, bounds)
+    selected = select_entries(
+        bounds, pool, counts, rows.lse, call.targets, v, call.ignore_index, call.vocab_start,
+        call.vocab_total, eps,
+    )  # fmt: skip
+    del pool  # its last reference: the sort takes its place
+    lists = sort_entries(bounds, max_sum, capped, selected, rows.lse, v, call.softcap)
+    return (*rows, *lists)
 
 
 def fake_lists(like: Tensor, n: int, v: int, capacity: int) -> Lists:

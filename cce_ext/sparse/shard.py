@@ -4,8 +4,7 @@ Its forward comes in parts, because the shards tell each other two things on the
 of their own lse, before the pass over the vocabulary: by its own bound a shard of rare ids would
 take thousands of entries a row for candidates, none of which is kept in the end. Then the lse
 itself: what is kept, and what the others weigh, follows from that of all shards. The parts are ops,
-because torch.compile cannot look inside; the last two, `select_entries` and `sort_entries`, are one
-compiled op each.
+because torch.compile cannot look inside; the last, `sort_entries`, is a compiled one.
 """
 
 from __future__ import annotations
@@ -30,7 +29,9 @@ from cce_ext.sparse.forward import (
     candidate_capacity,
     collect,
     fake_lists,
+    kept_capacity,
     prepare,
+    select_entries,
 )
 
 
@@ -45,6 +46,11 @@ _BOUND = f"sparse_ce_bound({_INPUTS}, {_OPTIONS}) -> ({_tensors(Bounds)})"
 _COLLECT = (
     f"sparse_ce_collect({_INPUTS}, {_OPTIONS}, float eps, {_tensors(Bounds)}) -> "
     f"({_tensors(RowStatistics, 'target_logit')}, {_tensors(Found)})"
+)
+_SELECT = (
+    f"sparse_ce_select({_tensors(Bounds)}, {_tensors(Found, 'max_sum', 'capped')}, Tensor lse, "
+    "Tensor targets, int shard_size, int ignore_index, int vocab_start, int vocab_total, "
+    f"float eps) -> ({_tensors(Selected)})"
 )
 _SHARE = (
     "sparse_ce_share(Tensor? dnll, Tensor? dlse, Tensor targets, Tensor[] lists, int ignore_index) "
@@ -63,6 +69,23 @@ def collect_shard(
     metrics = len(RowStatistics._fields) - 3
     rows = RowStatistics(nll, lse, bounds.target_logit, *others[:metrics])
     return rows, Found(*others[metrics:])
+
+
+def select_shard(
+    bounds: Bounds,
+    found: Found,
+    lse: Tensor,
+    targets: Tensor,
+    shard_size: int,
+    options: tuple,
+    eps: float,
+) -> Selected:
+    """What the shard keeps, by the lse (N,) of all shards; the pool is of no use afterwards."""
+    ignore_index, _, _, _, start, total = options
+    selected = torch.ops.cce.sparse_ce_select(
+        *bounds, found.pool, found.counts, lse, targets, shard_size, ignore_index, start, total, eps
+    )
+    return Selected(*selected)
 
 
 def _by_groups(found: Found, v: int) -> Found:
@@ -98,6 +121,12 @@ def _collect(*args: Any) -> tuple[Tensor, ...]:
     call, (eps, *bounds) = prepare(*args[:_CALL]), args[_CALL:]
     rows, found = collect(call, False, eps, Bounds(*bounds))
     return (*_without(rows, "target_logit"), *_by_groups(found, call.c.shape[0]))
+
+
+def _select(*args: Any) -> tuple[Tensor, ...]:
+    bounds, (pool, counts, lse, targets, *place, eps) = Bounds(*args[:4]), args[4:]
+    targets = targets.long().contiguous()
+    return tuple(select_entries(bounds, pool, counts, lse, targets, *place, eps))
 
 
 def _share(
@@ -150,12 +179,14 @@ def _fake_collect(dense: Callable[..., tuple]) -> Callable[..., tuple]:
     return fake
 
 
-def _fake_select(pool: Tensor, counts: Tensor, *args: Any) -> Selected:
-    lse, v, capacity = args[4], args[8], args[11]
-    lists = fake_lists(lse, lse.shape[0], v, capacity)
+def _fake_select(*args: Any) -> tuple[Tensor, ...]:
+    pool, lse, v, eps = args[4], args[6], args[8], args[-1]
+    n = lse.shape[0]
+    capacity = kept_capacity(n, v, eps)
+    lists = fake_lists(lse, n, v, capacity)
     keys = lse.new_empty(capacity, dtype=torch.int64)
     exact = lse.new_empty(pool.shape[0], dtype=torch.uint8)
-    return Selected(keys, lists.logits, exact, lists.hot_ids, lists.slots, lists.tally)
+    return keys, lists.logits, exact, lists.hot_ids, lists.slots, lists.tally
 
 
 def _fake_sort(keys: Tensor, *args: Any) -> tuple[Tensor, ...]:
@@ -173,11 +204,10 @@ def register(library: torch.library.Library, fake_forward: Callable[..., tuple])
     for schema, kernel, fake in (
         (_BOUND, _bound, _fake_bound),
         (_COLLECT, _collect, _fake_collect(fake_forward)),
+        (_SELECT, _select, _fake_select),
         (_SHARE, _share, _fake_share),
     ):
         name = library.define(schema)
         library.impl(name, kernel, "CUDA")
         torch.library.register_fake(f"cce::{name}", fake, lib=library)
-    # These are compiled ops.
-    torch.library.register_fake("cce::select_kept", _fake_select, lib=library)
     torch.library.register_fake("cce::sort_kept", _fake_sort, lib=library)

@@ -194,10 +194,6 @@ std::tuple<Tensor, Tensor> choose_hot(const Tensor& column_counts, int64_t n, in
   return {hot_ids, slots};
 }
 
-// A key: position, one bit for hot ids, id. All ones: unused; larger than any other in the bits that are sorted, because no
-// id is all ones.
-int key_bits(int64_t n, int id_bits) { return id_bits + 1 + bit_length(n - 1); }
-
 // See the schemas and cce_ext/sparse/forward.py. Two ops, because the caller can let go of the pool between them.
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> select_kept_cuda(
     Tensor pool, Tensor counts, Tensor row_order, Tensor row_count, Tensor target_logit,
@@ -231,6 +227,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> select_kept_cuda(
   place.tally = i64(tally, "tally");
   check_cuda(cuda::place_kept(place, stream), "place_kept");
 
+  // A key: position, one bit for hot ids, id. All ones: unused; larger than any other in the bits that are sorted, because
+  // no id is all ones.
   const auto [hot_ids, slots] = choose_hot(column_counts, n, hot, stream);
   const Tensor keys = empty(lse, {capacity}, ScalarType::Long);
   const Tensor logits = zeros(lse, {capacity}, ScalarType::Float);
@@ -252,12 +250,12 @@ Lists sort_kept_cuda(Tensor keys, Tensor logits, Tensor exact, Tensor max_sum, T
   const Guard guard(lse.get_device_index());
   const cudaStream_t stream = stream_of(lse);
   const int64_t n = lse.size(0), capacity = keys.size(0);
-  const int id_bits = bit_length(shard_size);
+  const int id_bits = bit_length(shard_size), key_bits = id_bits + 1 + bit_length(n - 1);
   const auto ints = [&](int64_t size) { return empty(lse, {size}, ScalarType::Int); };
   Tensor sorted_keys = empty(lse, {capacity}, ScalarType::Long);
   const Tensor sorted_logits = empty(lse, {capacity}, ScalarType::Float);
   sort_pairs(lse, i64(keys, "keys"), f32(logits, "logits"), i64(sorted_keys, "keys"),
-             f32(sorted_logits, "logits"), capacity, key_bits(n, id_bits));
+             f32(sorted_logits, "logits"), capacity, key_bits);
 
   // The caller holds on to the unsorted keys, so they become the room for what only the second sort needs.
   int32_t* const numbers = reinterpret_cast<int32_t*>(i64(keys, "keys"));
