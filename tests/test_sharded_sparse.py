@@ -13,13 +13,14 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from cce_ext import VocabParallelOptions
 from cce_ext.distributed.vocab_parallel import ShardKernels, sharded_loss
 from cce_ext.options import Filter, LossOptions
 from cce_ext.reference import logits
 from cce_ext.sparse import tail
-from cce_ext.sparse.forward import Found, Lists
+from cce_ext.sparse.forward import Found, Lists, Selected
 from cce_ext.sparse.reference import Shard, SparseGradients, sparse_gradients
 from cce_ext.sparse.shard import _by_groups
 from tests.ranks import run_ranks
@@ -197,8 +198,9 @@ class Kernels:
 
     def __init__(self) -> None:
         self.library = torch.library.Library("cce", "IMPL")
-        for name in ("bound", "collect", "list", "share", "backward"):
+        for name in ("bound", "collect", "select", "share", "backward"):
             self.library.impl(f"sparse_ce_{name}", getattr(self, name), "CPU")
+        self.library.impl("sort_kept", self.sort, "CPU")
         self.calls: list[str] = []
 
     def reference(
@@ -231,11 +233,18 @@ class Kernels:
         nll, lse, own, *others = torch.ops.cce.linear_ce_forward(*inputs, False)
         target_logit.copy_(own)
         self.whole_bound = bound2 * math.log(2)
-        return (nll, lse, *others, *(torch.zeros(1) for _ in range(4)))
+        found = Found(*(torch.zeros(1) for _ in Found._fields))
+        self.pool = StorageWeakRef(found.pool.untyped_storage())
+        return (nll, lse, *others, *found)
 
-    def list(self, *call: Any) -> tuple[Tensor, ...]:
-        self.lse = call[8]
-        return tuple(torch.zeros(1) for _ in Lists._fields[1:])
+    def select(self, *call: Any) -> tuple[Tensor, ...]:
+        self.lse = call[6]
+        return tuple(torch.zeros(1) for _ in Selected._fields)
+
+    def sort(self, *call: Any) -> tuple[Tensor, ...]:
+        assert self.pool.expired(), "the pool takes memory while the lists are sorted"
+        known = ("hot_ids", "slots", "row_order", "tally")
+        return tuple(torch.zeros(1) for name in Lists._fields if name not in known)
 
     def share(self, dnll, dlse, targets, lists, ignore_index) -> Tensor:
         known = []

@@ -24,7 +24,7 @@ from cce_ext.distributed.dtensor import shard_of
 from cce_ext.options import Filter, LossOptions
 from cce_ext.reference import RowStatistics
 from cce_ext.sparse import shard
-from cce_ext.sparse.forward import Bounds
+from cce_ext.sparse.forward import Bounds, sort_entries
 from cce_ext.sparse.op import common_refusal, differentiates, shard_refusal
 
 # Renamed in PyTorch 2.13, whose old name warns.
@@ -175,7 +175,11 @@ class _ShardedLoss(torch.autograd.Function):
         nll, lse = torch.where(valid, nll, 0), torch.where(valid, lse, 0)
         lists = ()
         if kernels.filter is not None:
-            lists = shard.list_shard(bounds, found, lse, targets, c.shape[0], ctx.options, eps)
+            v = c.shape[0]
+            selected = shard.select_shard(bounds, found, lse, targets, v, ctx.options, eps)
+            sums = found[:2]
+            del found  # frees the pool
+            lists = sort_entries(bounds, *sums, selected, lse, v, options.softcap)
         ctx.save_for_backward(*inputs, lse, *lists)
         ctx.set_materialize_grads(False)
         return nll, lse

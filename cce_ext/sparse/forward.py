@@ -2,13 +2,15 @@
 
 A bound of each row's lse from a sample of its logits; one pass over the vocabulary, which also
 collects the entries above bound + log ε; then those that are kept, sorted by row and by column, and
-the mass of the others. Nothing waits for the device: every list has a fixed capacity.
+the mass of the others. Nothing waits for the device: every list has a fixed capacity. So memory
+follows from the shapes (``python -m bench.sparse_memory`` adds it up). The pool of candidates is the
+largest array: callers let go of it between `select_entries` and `sort_entries`.
 """
 
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -66,6 +68,30 @@ def kept_capacity(n: int, v: int, eps: float) -> int:
     return min(n * v, math.ceil(max(n * 320, 2**20) * _growth(eps))) + n
 
 
+class Call(NamedTuple):
+    """What is computed, as the kernels read it; see `prepare`."""
+
+    e: Tensor  # (N, D)
+    c: Tensor  # (V, D)
+    targets: Tensor  # (N,) int64
+    bias: Tensor | None
+    u: Tensor | None
+    lora_b: Tensor | None
+    ignore_index: int
+    softcap: float
+    logit_scale: float
+    label_smoothing: float
+    vocab_start: int
+    vocab_total: int
+
+
+def prepare(e: Tensor, c: Tensor, targets: Tensor, *others: Any) -> Call:
+    """The arguments of ``linear_ce_forward`` up to vocab_total (0: c is the whole vocabulary)."""
+    *others, start, total = others
+    total = total or start + c.shape[0]
+    return Call(readable(e, e.dtype), c, targets.long().contiguous(), *others, start, total)
+
+
 class Bounds(NamedTuple):
     """What the pass over the vocabulary wants to know of the rows beforehand."""
 
@@ -86,26 +112,25 @@ class Found(NamedTuple):
     counts: Tensor  # (B,) int32
 
 
-def lower_bounds(
-    e: Tensor,
-    c: Tensor,
-    targets: Tensor,
-    bias: Tensor | None,
-    u: Tensor | None,
-    lora_b: Tensor | None,
-    target_logit: Tensor,
-    order: Tensor,
-    count: Tensor,
-    softcap: float,
-    logit_scale: float,
-    vocab_start: int,
-) -> Tensor:
+class Selected(NamedTuple):
+    """Kept entries in no order, and what their lists will need of the selection."""
+
+    keys: Tensor  # (K,) int64: position in the row order, whether the id is hot, id
+    logits: Tensor  # (K,) float32
+    exact: Tensor  # (B,) uint8: row blocks whose candidates are not all known
+    hot_ids: Tensor  # see Lists
+    slots: Tensor
+    tally: Tensor
+
+
+def lower_bounds(call: Call, target_logit: Tensor, order: Tensor, count: Tensor) -> Tensor:
     """A lower bound (N,) of each row's lse, in base 2; see `reference.sparse_gradients`. That of a
     shard's lse is one of the whole vocabulary's."""
+    e, c, targets, bias, u, lora_b, _, softcap, logit_scale, *_ = call
     n, v = e.shape[0], c.shape[0]
     strided = min(SAMPLED_COLUMNS, v)
     ids, counts = torch.ops.cce.bound_columns(
-        targets, order, count, v, vocab_start, strided, min(SAMPLED_TARGETS, n)
+        targets, order, count, v, call.vocab_start, strided, min(SAMPLED_TARGETS, n)
     )
     columns = c[ids].T
     b_columns = None if lora_b is None else lora_b[ids].to(e.dtype).T
@@ -124,32 +149,15 @@ def lower_bounds(
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
-def bound_rows(
-    e: Tensor,
-    c: Tensor,
-    targets: Tensor,
-    bias: Tensor | None,
-    u: Tensor | None,
-    lora_b: Tensor | None,
-    ignore_index: int,
-    softcap: float,
-    logit_scale: float,
-    vocab_start: int,
-    vocab_total: int,
-) -> Bounds:
+def bound_rows(call: Call) -> Bounds:
     """The order of the rows, their target logits, and bounds of their lse."""
-    v = c.shape[0]
-    vocab_total = vocab_total or vocab_start + v
-    targets = targets.long().contiguous()
-    e = readable(e, e.dtype)
-    order, count = torch.ops.cce.row_order(targets, ignore_index)
-    place = (ignore_index, softcap, logit_scale, vocab_start, vocab_total)
-    target_logit = torch.ops.cce.target_logits(e, c, targets, bias, u, lora_b, *place, order, count)
-    bound2 = lower_bounds(
-        e, c, targets, bias, u, lora_b, _own(target_logit, targets, v, vocab_start, vocab_total),
-        order, count, softcap, logit_scale, vocab_start,
-    )  # fmt: skip
-    return Bounds(order, count, target_logit, bound2)
+    order, count = torch.ops.cce.row_order(call.targets, call.ignore_index)
+    ignore_index, softcap, logit_scale, _, *place = call[6:]
+    target_logit = torch.ops.cce.target_logits(
+        *call[:6], ignore_index, softcap, logit_scale, *place, order, count
+    )
+    own = _own(target_logit, call.targets, call.c.shape[0], *place)
+    return Bounds(order, count, target_logit, lower_bounds(call, own, order, count))
 
 
 def _own(target_logit: Tensor, targets: Tensor, v: int, start: int, total: int) -> Tensor:
@@ -160,88 +168,73 @@ def _own(target_logit: Tensor, targets: Tensor, v: int, start: int, total: int) 
     return torch.where(here, target_logit, -torch.inf)
 
 
-def collect(
-    e: Tensor,
-    c: Tensor,
-    targets: Tensor,
-    bias: Tensor | None,
-    u: Tensor | None,
-    lora_b: Tensor | None,
-    ignore_index: int,
-    softcap: float,
-    logit_scale: float,
-    label_smoothing: float,
-    vocab_start: int,
-    vocab_total: int,
-    metrics: bool,
-    eps: float,
-    bounds: Bounds,
-) -> tuple[RowStatistics, Found]:
-    """The pass over the vocabulary; other arguments as ``linear_ce_forward``'s."""
-    n, v = e.shape[0], c.shape[0]
-    options = (ignore_index, softcap, logit_scale, label_smoothing, vocab_start)
+def collect(call: Call, metrics: bool, eps: float, bounds: Bounds) -> tuple[RowStatistics, Found]:
+    """The pass over the vocabulary."""
+    capacity = candidate_capacity(call.e.shape[0], call.c.shape[0], eps)
     nll, lse, *others, max_sum, capped, pool, counts = torch.ops.cce.training_forward(
-        readable(e, e.dtype), c, targets.long().contiguous(), bias, u, lora_b, *options,
-        vocab_total or vocab_start + v, metrics, *bounds, eps, candidate_capacity(n, v, eps),
-    )  # fmt: skip
+        *call, metrics, *bounds, eps, capacity
+    )
     rows = RowStatistics(nll, lse, bounds.target_logit, *others)
     return rows, Found(max_sum, capped, pool, counts)
 
 
-def make_lists(
+def select_entries(
     bounds: Bounds,
-    found: Found,
+    pool: Tensor,
+    counts: Tensor,
     lse: Tensor,
     targets: Tensor,
+    shard_size: int,
     ignore_index: int,
-    softcap: float,
-    shard: tuple[int, int, int],
-    eps: float,
-) -> Lists:
-    """Kept entries by row and by column, and the mass of the others, by the final lse (N,).
-
-    shard: its ids, the first of them, ids in all (0: this shard is the whole).
-    """
-    v, start, total = shard
-    n = lse.shape[0]
-    *lists, tally = torch.ops.cce.keep_lists(
-        found.pool, found.counts, bounds.bound2, bounds.order, bounds.count, lse,
-        bounds.target_logit, targets.long().contiguous(), found.max_sum, found.capped, eps, softcap,
-        ignore_index, v, start, total or start + v, kept_capacity(n, v, eps), min(HOT_IDS, v),
-    )  # fmt: skip
-    return Lists(*lists, bounds.order, tally)
-
-
-def forward(
-    e: Tensor,
-    c: Tensor,
-    targets: Tensor,
-    bias: Tensor | None,
-    u: Tensor | None,
-    lora_b: Tensor | None,
-    ignore_index: int,
-    softcap: float,
-    logit_scale: float,
-    label_smoothing: float,
     vocab_start: int,
     vocab_total: int,
-    metrics: bool,
     eps: float,
-) -> tuple[Tensor, ...]:
+) -> Selected:
+    """The kept entries, by the final lse (N,); targets (N,) int64. The pool is of no use
+    afterwards."""
+    capacity = kept_capacity(lse.shape[0], shard_size, eps)
+    selected = torch.ops.cce.select_kept(
+        pool, counts, *bounds, lse, targets, eps, ignore_index, shard_size, vocab_start,
+        vocab_total, capacity, min(HOT_IDS, shard_size),
+    )  # fmt: skip
+    return Selected(*selected)
+
+
+def sort_entries(
+    bounds: Bounds,
+    max_sum: Tensor,
+    capped: Tensor,
+    selected: Selected,
+    lse: Tensor,
+    shard_size: int,
+    softcap: float,
+) -> Lists:
+    """Kept entries by row and by column, and the mass of the others. Overwrites the keys of what
+    was selected."""
+    keys, logits, exact, hot_ids, slots, tally = selected
+    *entries, mass, exact_rows = torch.ops.cce.sort_kept(
+        keys, logits, exact, max_sum, capped, bounds.order, bounds.count, lse, shard_size, softcap
+    )
+    return Lists(*entries, hot_ids, slots, mass, exact_rows, bounds.order, tally)
+
+
+def forward(call: Call, metrics: bool, eps: float) -> tuple[Tensor, ...]:
     """The CUDA kernel of ``cce::sparse_ce_forward``: the seven results of ``linear_ce_forward``,
     then the fields of `Lists`."""
-    inputs, place = (e, c, targets, bias, u, lora_b), (vocab_start, vocab_total)
-    bounds = bound_rows(*inputs, ignore_index, softcap, logit_scale, *place)
-    options = (ignore_index, softcap, logit_scale, label_smoothing, *place)
-    rows, found = collect(*inputs, *options, metrics, eps, bounds)
-    shard = (c.shape[0], *place)
-    lists = make_lists(bounds, found, rows.lse, targets, ignore_index, softcap, shard, eps)
+    v = call.c.shape[0]
+    bounds = bound_rows(call)
+    rows, (max_sum, capped, pool, counts) = collect(call, metrics, eps, bounds)
+    selected = select_entries(
+        bounds, pool, counts, rows.lse, call.targets, v, call.ignore_index, call.vocab_start,
+        call.vocab_total, eps,
+    )  # fmt: skip
+    del pool  # its last reference: the sort takes its place
+    lists = sort_entries(bounds, max_sum, capped, selected, rows.lse, v, call.softcap)
     return (*rows, *lists)
 
 
-def fake_lists(like: Tensor, n: int, v: int, eps: float) -> Lists:
+def fake_lists(like: Tensor, n: int, v: int, capacity: int) -> Lists:
     """Tensors of the right shapes for tracing, where `like` is."""
-    capacity = kept_capacity(n, v, eps)
 
     def new(*shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
         return like.new_empty(shape, dtype=dtype)

@@ -12,7 +12,7 @@ from torch import Tensor
 from cce_ext.options import LossOptions
 from cce_ext.sparse import shard
 from cce_ext.sparse.backward import backward
-from cce_ext.sparse.forward import Lists, fake_lists, forward, kept_capacity
+from cce_ext.sparse.forward import Lists, fake_lists, forward, kept_capacity, prepare
 
 #: vocabularies up to this size are always exact: their matmuls are cheap, their softmax dense
 SMALL_VOCAB = 16384
@@ -78,14 +78,15 @@ def _refusal_of_c(c: Tensor, n: int, eps: float) -> str:
 
 
 def _forward_cuda(*args: Any) -> tuple[Tensor, ...]:
-    return forward(*args[:-2])  # which gradients may be sparse matters to the backward alone
+    *call, metrics, eps, _, _ = args  # which gradients may be sparse matters to the backward alone
+    return forward(prepare(*call), metrics, eps)
 
 
 def _fake_forward(dense: Callable[..., tuple]) -> Callable[..., tuple]:
     def fake(*args: Any) -> tuple:
         *shared, eps, _, _ = args
-        e, c = args[:2]
-        return (*dense(*shared), *fake_lists(e, e.shape[0], c.shape[0], eps))
+        e, n, v = args[0], args[0].shape[0], args[1].shape[0]
+        return (*dense(*shared), *fake_lists(e, n, v, kept_capacity(n, v, eps)))
 
     return fake
 

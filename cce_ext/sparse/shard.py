@@ -4,7 +4,7 @@ Its forward comes in parts, because the shards tell each other two things on the
 of their own lse, before the pass over the vocabulary: by its own bound a shard of rare ids would
 take thousands of entries a row for candidates, none of which is kept in the end. Then the lse
 itself: what is kept, and what the others weigh, follows from that of all shards. The parts are ops,
-because torch.compile cannot look inside.
+because torch.compile cannot look inside; the last, `sort_entries`, is a compiled one.
 """
 
 from __future__ import annotations
@@ -24,11 +24,14 @@ from cce_ext.sparse.forward import (
     Bounds,
     Found,
     Lists,
+    Selected,
     bound_rows,
     candidate_capacity,
     collect,
     fake_lists,
-    make_lists,
+    kept_capacity,
+    prepare,
+    select_entries,
 )
 
 
@@ -39,15 +42,15 @@ def _tensors(kind: type[NamedTuple], *known: str) -> str:
 _INPUTS = "Tensor e, Tensor c, Tensor targets, Tensor? bias, Tensor? u, Tensor? lora_b"
 _OPTIONS = "int ignore_index, float softcap, float logit_scale, float label_smoothing, int vocab_start, int vocab_total"
 _BOUND = f"sparse_ce_bound({_INPUTS}, {_OPTIONS}) -> ({_tensors(Bounds)})"
-# An op must not return what it was given: statistics without target_logit, lists without row_order.
+# An op must not return what it was given: statistics without target_logit.
 _COLLECT = (
     f"sparse_ce_collect({_INPUTS}, {_OPTIONS}, float eps, {_tensors(Bounds)}) -> "
     f"({_tensors(RowStatistics, 'target_logit')}, {_tensors(Found)})"
 )
-_LIST = (
-    f"sparse_ce_list({_tensors(Bounds)}, {_tensors(Found)}, Tensor lse, Tensor targets, "
-    "int ignore_index, float softcap, int shard_size, int vocab_start, int vocab_total, float eps) "
-    f"-> ({_tensors(Lists, 'row_order')})"
+_SELECT = (
+    f"sparse_ce_select({_tensors(Bounds)}, {_tensors(Found, 'max_sum', 'capped')}, Tensor lse, "
+    "Tensor targets, int shard_size, int ignore_index, int vocab_start, int vocab_total, "
+    f"float eps) -> ({_tensors(Selected)})"
 )
 _SHARE = (
     "sparse_ce_share(Tensor? dnll, Tensor? dlse, Tensor targets, Tensor[] lists, int ignore_index) "
@@ -68,7 +71,7 @@ def collect_shard(
     return rows, Found(*others[metrics:])
 
 
-def list_shard(
+def select_shard(
     bounds: Bounds,
     found: Found,
     lse: Tensor,
@@ -76,13 +79,13 @@ def list_shard(
     shard_size: int,
     options: tuple,
     eps: float,
-) -> Lists:
-    """What the shard's backward needs, by the lse (N,) of all shards."""
-    ignore_index, softcap, _, _, start, total = options
-    *lists, tally = torch.ops.cce.sparse_ce_list(
-        *bounds, *found, lse, targets, ignore_index, softcap, shard_size, start, total, eps
+) -> Selected:
+    """What the shard keeps, by the lse (N,) of all shards; the pool is of no use afterwards."""
+    ignore_index, _, _, _, start, total = options
+    selected = torch.ops.cce.sparse_ce_select(
+        *bounds, found.pool, found.counts, lse, targets, shard_size, ignore_index, start, total, eps
     )
-    return Lists(*lists, bounds.order, tally)
+    return Selected(*selected)
 
 
 def _by_groups(found: Found, v: int) -> Found:
@@ -111,21 +114,19 @@ def _by_groups(found: Found, v: int) -> Found:
 
 
 def _bound(*args: Any) -> tuple[Tensor, ...]:
-    *inputs, ignore_index, softcap, logit_scale, _, start, total = args
-    return tuple(bound_rows(*inputs, ignore_index, softcap, logit_scale, start, total))
+    return tuple(bound_rows(prepare(*args)))
 
 
 def _collect(*args: Any) -> tuple[Tensor, ...]:
-    eps, *bounds = args[_CALL:]
-    rows, found = collect(*args[:_CALL], False, eps, Bounds(*bounds))
-    return (*_without(rows, "target_logit"), *_by_groups(found, args[1].shape[0]))
+    call, (eps, *bounds) = prepare(*args[:_CALL]), args[_CALL:]
+    rows, found = collect(call, False, eps, Bounds(*bounds))
+    return (*_without(rows, "target_logit"), *_by_groups(found, call.c.shape[0]))
 
 
-def _list(*args: Any) -> tuple[Tensor, ...]:
-    bounds, found = Bounds(*args[:4]), Found(*args[4:8])
-    lse, targets, ignore_index, softcap, *shard, eps = args[8:]
-    lists = make_lists(bounds, found, lse, targets, ignore_index, softcap, tuple(shard), eps)
-    return _without(lists, "row_order")
+def _select(*args: Any) -> tuple[Tensor, ...]:
+    bounds, (pool, counts, lse, targets, *place, eps) = Bounds(*args[:4]), args[4:]
+    targets = targets.long().contiguous()
+    return tuple(select_entries(bounds, pool, counts, lse, targets, *place, eps))
 
 
 def _share(
@@ -142,8 +143,8 @@ def _share(
     )[3]  # fmt: skip
 
 
-def _without(fields: NamedTuple, known: str) -> tuple[Tensor, ...]:
-    return tuple(t for name, t in fields._asdict().items() if name != known)
+def _without(fields: NamedTuple, *known: str) -> tuple[Tensor, ...]:
+    return tuple(t for name, t in fields._asdict().items() if name not in known)
 
 
 def _fake_bound(*args: Any) -> tuple[Tensor, ...]:
@@ -178,9 +179,20 @@ def _fake_collect(dense: Callable[..., tuple]) -> Callable[..., tuple]:
     return fake
 
 
-def _fake_list(*args: Any) -> tuple[Tensor, ...]:
-    targets, v, eps = args[9], args[12], args[-1]
-    return _without(fake_lists(targets, targets.shape[0], v, eps), "row_order")
+def _fake_select(*args: Any) -> tuple[Tensor, ...]:
+    pool, lse, v, eps = args[4], args[6], args[8], args[-1]
+    n = lse.shape[0]
+    capacity = kept_capacity(n, v, eps)
+    lists = fake_lists(lse, n, v, capacity)
+    keys = lse.new_empty(capacity, dtype=torch.int64)
+    exact = lse.new_empty(pool.shape[0], dtype=torch.uint8)
+    return keys, lists.logits, exact, lists.hot_ids, lists.slots, lists.tally
+
+
+def _fake_sort(keys: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    lse, v = args[6], args[7]
+    lists = fake_lists(lse, lse.shape[0], v, keys.shape[0])
+    return _without(lists, "hot_ids", "slots", "row_order", "tally")
 
 
 def _fake_share(dnll, dlse, targets, lists, ignore_index) -> Tensor:
@@ -192,9 +204,10 @@ def register(library: torch.library.Library, fake_forward: Callable[..., tuple])
     for schema, kernel, fake in (
         (_BOUND, _bound, _fake_bound),
         (_COLLECT, _collect, _fake_collect(fake_forward)),
-        (_LIST, _list, _fake_list),
+        (_SELECT, _select, _fake_select),
         (_SHARE, _share, _fake_share),
     ):
         name = library.define(schema)
         library.impl(name, kernel, "CUDA")
         torch.library.register_fake(f"cce::{name}", fake, lib=library)
+    torch.library.register_fake("cce::sort_kept", _fake_sort, lib=library)

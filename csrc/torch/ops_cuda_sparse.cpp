@@ -161,37 +161,32 @@ Tensor dropped_mass(Tensor max_sum, Tensor capped, Tensor first, Tensor hot, Ten
   return mass;
 }
 
-// Sorts pairs into new tensors.
-std::tuple<Tensor, Tensor> sorted(const Tensor& keys, const Tensor& values, int bits) {
-  const bool wide = keys.scalar_type() == ScalarType::Long;
-  const int64_t count = keys.size(0);
-  Tensor keys_out = empty(keys, {count}, keys.scalar_type());
-  Tensor values_out = empty(keys, {count}, values.scalar_type());
-  const size_t bytes = cuda::sort_pairs_workspace(count, wide);
-  Tensor workspace = empty(keys, {static_cast<int64_t>(bytes)}, ScalarType::Byte);
-  void* space = workspace.mutable_data_ptr();
-  const cudaStream_t stream = stream_of(keys);
-  const cudaError_t error =
-      wide ? cuda::sort_wide(i64(keys, "keys"), f32(values, "values"), i64(keys_out, "keys"),
-                             f32(values_out, "values"), count, bits, space, bytes, stream)
-           : cuda::sort_narrow(i32(keys, "keys"), i32(values, "values"), i32(keys_out, "keys"),
-                               i32(values_out, "values"), count, bits, space, bytes, stream);
-  check_cuda(error, "sort_pairs");
-  return {keys_out, values_out};
+// Sorts pairs by the keys' low bits. The workspace is a second copy of both. CUB's DoubleBuffer does without, but overwrites
+// the unsorted pairs and says afterwards where the sorted ones are: in an op's argument, it may be, or over ids that are
+// wanted in both orders. While the pool of candidates is there, memory is higher than here in any case.
+template <typename Key, typename Value>
+void sort_pairs(const Tensor& like, const Key* keys, const Value* values, Key* keys_out,
+                Value* values_out, int64_t count, int bits) {
+  const size_t bytes = cuda::sort_pairs_workspace(count, sizeof(Key) == 8);
+  const Tensor workspace = empty(like, {static_cast<int64_t>(bytes)}, ScalarType::Byte);
+  check_cuda(cuda::sort_pairs(keys, values, keys_out, values_out, count, bits,
+                              workspace.mutable_data_ptr(), bytes, stream_of(like)),
+             "sort_pairs");
 }
 
 // Ids that most rows keep, ascending, and every id's place among them.
 std::tuple<Tensor, Tensor> choose_hot(const Tensor& column_counts, int64_t n, int64_t hot,
                                       cudaStream_t stream) {
   const int64_t vocab = column_counts.size(0);
-  Tensor keys = empty(column_counts, {vocab}, ScalarType::Int);
-  Tensor ids = empty(column_counts, {vocab}, ScalarType::Int);
+  const auto ints = [&] { return empty(column_counts, {vocab}, ScalarType::Int); };
+  const Tensor keys = ints(), ids = ints(), sorted_keys = ints(), ranked = ints();
   check_cuda(cuda::hot_keys(i32(column_counts, "column_counts"), n, vocab, i32(keys, "keys"),
                             i32(ids, "ids"), stream),
              "hot_keys");
-  const auto [same, ranked] = sorted(keys, ids, bit_length(n));
-  Tensor hot_ids = empty(column_counts, {hot}, ScalarType::Long);
-  Tensor slots = empty(column_counts, {vocab}, ScalarType::Int);
+  sort_pairs(column_counts, i32(keys, "keys"), i32(ids, "ids"), i32(sorted_keys, "keys"),
+             i32(ranked, "ranked"), vocab, bit_length(n));
+  const Tensor hot_ids = empty(column_counts, {hot}, ScalarType::Long);
+  const Tensor slots = ints();
   check_cuda(cudaMemsetAsync(i32(slots, "slots"), 0xff, 4 * vocab, stream), "slots");
   check_cuda(cuda::hot_ids(i32(ranked, "ranked"), hot, i64(hot_ids, "hot_ids"), i32(slots, "slots"),
                            stream),
@@ -199,19 +194,14 @@ std::tuple<Tensor, Tensor> choose_hot(const Tensor& column_counts, int64_t n, in
   return {hot_ids, slots};
 }
 
-using Lists = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor,
-                         Tensor, Tensor, Tensor>;
-
-// See the schema and cce_ext/sparse/forward.py.
-Lists keep_lists_cuda(Tensor pool, Tensor counts, Tensor bound2, Tensor row_order, Tensor row_count,
-                      Tensor lse, Tensor target_logit, Tensor targets, Tensor max_sum,
-                      Tensor capped, double eps, double softcap, int64_t ignore_index,
-                      int64_t shard_size, int64_t vocab_start, int64_t vocab_total,
-                      int64_t capacity, int64_t hot) {
+// See the schemas and cce_ext/sparse/forward.py. Two ops, because the caller can let go of the pool between them.
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> select_kept_cuda(
+    Tensor pool, Tensor counts, Tensor row_order, Tensor row_count, Tensor target_logit,
+    Tensor bound2, Tensor lse, Tensor targets, double eps, int64_t ignore_index, int64_t shard_size,
+    int64_t vocab_start, int64_t vocab_total, int64_t capacity, int64_t hot) {
   const Guard guard(lse.get_device_index());
   const cudaStream_t stream = stream_of(lse);
   const int64_t n = lse.size(0), blocks = pool.size(0);
-  const auto ints = [&](int64_t size) { return empty(lse, {size}, ScalarType::Int); };
   cuda::KeepParams keep =
       keep_params(pool, counts, bound2, row_order, row_count, lse, target_logit, targets, eps,
                   ignore_index, shard_size, vocab_start, vocab_total);
@@ -239,44 +229,63 @@ Lists keep_lists_cuda(Tensor pool, Tensor counts, Tensor bound2, Tensor row_orde
 
   // A key: position, one bit for hot ids, id. All ones: unused; larger than any other in the bits that are sorted, because
   // no id is all ones.
-  const int id_bits = bit_length(shard_size), key_bits = id_bits + 1 + bit_length(n - 1);
   const auto [hot_ids, slots] = choose_hot(column_counts, n, hot, stream);
-  const Tensor unsorted_keys = empty(lse, {capacity}, ScalarType::Long);
-  const Tensor unsorted_logits = zeros(lse, {capacity}, ScalarType::Float);
-  check_cuda(cudaMemsetAsync(i64(unsorted_keys, "keys"), 0xff, 8 * capacity, stream), "keys");
+  const Tensor keys = empty(lse, {capacity}, ScalarType::Long);
+  const Tensor logits = zeros(lse, {capacity}, ScalarType::Float);
+  check_cuda(cudaMemsetAsync(i64(keys, "keys"), 0xff, 8 * capacity, stream), "keys");
   keep.first = place.first;
   keep.slots = i32(slots, "slots");
-  keep.id_bits = id_bits;
-  keep.keys = i64(unsorted_keys, "keys");
-  keep.logits = f32(unsorted_logits, "logits");
+  keep.id_bits = bit_length(shard_size);
+  keep.keys = i64(keys, "keys");
+  keep.logits = f32(logits, "logits");
   check_cuda(cuda::write_kept(keep, stream), "write_kept");
-  const auto [keys, logits] = sorted(unsorted_keys, unsorted_logits, key_bits);
+  return {keys, logits, exact, hot_ids, slots, tally};
+}
 
-  const Tensor rows = ints(capacity), ids = ints(capacity), numbers = ints(capacity);
+using Lists = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+Lists sort_kept_cuda(Tensor keys, Tensor logits, Tensor exact, Tensor max_sum, Tensor capped,
+                     Tensor row_order, Tensor row_count, Tensor lse, int64_t shard_size,
+                     double softcap) {
+  const Guard guard(lse.get_device_index());
+  const cudaStream_t stream = stream_of(lse);
+  const int64_t n = lse.size(0), capacity = keys.size(0);
+  const int id_bits = bit_length(shard_size), key_bits = id_bits + 1 + bit_length(n - 1);
+  const auto ints = [&](int64_t size) { return empty(lse, {size}, ScalarType::Int); };
+  Tensor sorted_keys = empty(lse, {capacity}, ScalarType::Long);
+  const Tensor sorted_logits = empty(lse, {capacity}, ScalarType::Float);
+  sort_pairs(lse, i64(keys, "keys"), f32(logits, "logits"), i64(sorted_keys, "keys"),
+             f32(sorted_logits, "logits"), capacity, key_bits);
+
+  // The caller holds on to the unsorted keys, so they become the room for what only the second sort needs.
+  int32_t* const numbers = reinterpret_cast<int32_t*>(i64(keys, "keys"));
+  int32_t* const sorted_ids = numbers + capacity;
+  const Tensor rows = ints(capacity), ids = ints(capacity);
   const Tensor row_first = ints(n + 1), row_hot = ints(n), column_first = ints(shard_size + 1);
   const Tensor exact_rows = empty(lse, {n}, ScalarType::Bool);
   cuda::UnpackParams unpack;
-  unpack.keys = i64(keys, "keys");
+  unpack.keys = i64(sorted_keys, "keys");
   unpack.id_bits = id_bits;
   unpack.capacity = capacity;
   unpack.n = n;
   unpack.order = Order(row_order, row_count).view();
-  unpack.exact = keep.exact;
+  unpack.exact = u8(exact, "exact");
   unpack.ids = i32(ids, "ids");
   unpack.rows = i32(rows, "rows");
-  unpack.numbers = i32(numbers, "numbers");
+  unpack.numbers = numbers;
   unpack.row_first = i32(row_first, "row_first");
   unpack.row_hot = i32(row_hot, "row_hot");
   unpack.exact_rows = static_cast<uint8_t*>(exact_rows.mutable_data_ptr());
   check_cuda(cuda::unpack_keys(unpack, stream), "unpack_keys");
-  const auto [sorted_ids, order] = sorted(ids, numbers, id_bits);
-  check_cuda(cuda::column_starts(i32(sorted_ids, "ids"), capacity, shard_size,
+  sorted_keys = Tensor();  // room for the second sort
+  const Tensor order = ints(capacity);
+  sort_pairs(lse, i32(ids, "ids"), numbers, sorted_ids, i32(order, "order"), capacity, id_bits);
+  check_cuda(cuda::column_starts(sorted_ids, capacity, shard_size,
                                  i32(column_first, "column_first"), stream),
              "column_starts");
-  const Tensor mass = dropped_mass(max_sum, capped, row_first, row_hot, ids, logits, row_order,
-                                   row_count, lse, shard_size, softcap);
-  return {rows,         ids,     logits, order, row_first,  row_hot,
-          column_first, hot_ids, slots,  mass,  exact_rows, tally};
+  const Tensor mass = dropped_mass(max_sum, capped, row_first, row_hot, ids, sorted_logits,
+                                   row_order, row_count, lse, shard_size, softcap);
+  return {rows, ids, sorted_logits, order, row_first, row_hot, column_first, mass, exact_rows};
 }
 
 }  // namespace
@@ -287,5 +296,6 @@ STABLE_TORCH_LIBRARY_IMPL(cce, CUDA, m) {
   m.impl("bound_columns", TORCH_BOX(&cce::torch_api::bound_columns_cuda));
   m.impl("row_bounds", TORCH_BOX(&cce::torch_api::row_bounds_cuda));
   m.impl("training_forward", TORCH_BOX(&cce::torch_api::training_forward_cuda));
-  m.impl("keep_lists", TORCH_BOX(&cce::torch_api::keep_lists_cuda));
+  m.impl("select_kept", TORCH_BOX(&cce::torch_api::select_kept_cuda));
+  m.impl("sort_kept", TORCH_BOX(&cce::torch_api::sort_kept_cuda));
 }

@@ -117,12 +117,12 @@ cudaError_t column_starts(const int32_t* sorted_ids, int64_t capacity, int64_t v
 
 // Sorts (key, value) pairs of four bytes of value by the keys' low `bits`, stable.
 size_t sort_pairs_workspace(int64_t count, bool wide_keys);
-cudaError_t sort_wide(const int64_t* keys, const float* values, int64_t* keys_out,
-                      float* values_out, int64_t count, int bits, void* workspace, size_t bytes,
-                      cudaStream_t stream);
-cudaError_t sort_narrow(const int32_t* keys, const int32_t* values, int32_t* keys_out,
-                        int32_t* values_out, int64_t count, int bits, void* workspace, size_t bytes,
-                        cudaStream_t stream);
+cudaError_t sort_pairs(const int64_t* keys, const float* values, int64_t* keys_out,
+                       float* values_out, int64_t count, int bits, void* workspace, size_t bytes,
+                       cudaStream_t stream);
+cudaError_t sort_pairs(const int32_t* keys, const int32_t* values, int32_t* keys_out,
+                       int32_t* values_out, int64_t count, int bits, void* workspace, size_t bytes,
+                       cudaStream_t stream);
 
 struct MassParams {
   Partials partials;  // (splits, N) by position

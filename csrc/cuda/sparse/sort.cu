@@ -25,15 +25,15 @@ size_t sort_pairs_workspace(int64_t count, bool wide_keys) {
   return bytes;
 }
 
-cudaError_t sort_wide(const int64_t* keys, const float* values, int64_t* keys_out,
-                      float* values_out, int64_t count, int bits, void* workspace, size_t bytes,
-                      cudaStream_t stream) {
+cudaError_t sort_pairs(const int64_t* keys, const float* values, int64_t* keys_out,
+                       float* values_out, int64_t count, int bits, void* workspace, size_t bytes,
+                       cudaStream_t stream) {
   return sort(workspace, bytes, keys, keys_out, values, values_out, count, bits, stream);
 }
 
-cudaError_t sort_narrow(const int32_t* keys, const int32_t* values, int32_t* keys_out,
-                        int32_t* values_out, int64_t count, int bits, void* workspace, size_t bytes,
-                        cudaStream_t stream) {
+cudaError_t sort_pairs(const int32_t* keys, const int32_t* values, int32_t* keys_out,
+                       int32_t* values_out, int64_t count, int bits, void* workspace, size_t bytes,
+                       cudaStream_t stream) {
   return sort(workspace, bytes, keys, keys_out, values, values_out, count, bits, stream);
 }
 

@@ -1,0 +1,77 @@
+"""What the sparse path's forward takes beyond its inputs, from the shapes alone:
+``python -m bench.sparse_memory N V D [R]``; needs no GPU.
+
+Every list has a fixed capacity, so the peak of each step is a sum of array sizes, whatever the data.
+Counted are arrays that grow with N times something; those with a few bytes a row or a vocabulary
+entry are not. A test on a GPU (`tests/test_sparse_memory.py`) compares the sum with the allocator's peak.
+"""
+
+from __future__ import annotations
+
+import argparse
+
+from bench.timing import MB
+from cce_ext.sparse.forward import (
+    HOT_IDS,
+    ROW_BLOCK,
+    SAMPLED_COLUMNS,
+    SAMPLED_TARGETS,
+    candidate_capacity,
+    kept_capacity,
+)
+from cce_ext.sparse.tail import GROUP, groups
+
+# As in csrc/torch/cuda_call.h: partials of the splits at most, converted adapter rows of a launch.
+_PARTIAL_BYTES = 12 << 20
+_PACK_BYTES = 64 << 20
+# As in cce_ext/sparse/forward.py: rows whose sampled logits are in memory at a time.
+_BOUND_ROWS = 4096
+
+
+def forward_peaks(
+    n: int, v: int, d: int, r: int, eps: float, converts: bool = True
+) -> dict[str, int]:
+    """Bytes at the highest point of each step of the forward, without metrics or softcap.
+
+    n, v, d, r: as in the shapes of e (N, D), c (V, D), u (N, R); eps: the threshold; converts:
+    whether lora_b is not of e's dtype, as with float32 adapters.
+    """
+    columns = SAMPLED_COLUMNS + min(SAMPLED_TARGETS, n)
+    products = 4 * min(n, _BOUND_ROWS) * columns * (2 if r else 1)
+    pool = 8 * candidate_capacity(n, v, eps) * -(-n // ROW_BLOCK)
+    kept = kept_capacity(n, v, eps)
+    partials = max(8 * n * groups(v), min(_PARTIAL_BYTES, 8 * n * -(-v // ROW_BLOCK)))
+    copies = 2 * n * (d + r)  # of rows that count, side by side, for sm_90
+    adapter = 0
+    if r and converts:
+        adapter = min(v, max(1, _PACK_BYTES // (2 * r * GROUP)) * GROUP) * 2 * r
+    pairs = 12 * kept  # int64 keys, float32 logits; a sort's workspace is another copy
+    ids = 4 * kept  # so are rows and an order
+    return {
+        "target logits": 2 * v * r if converts else 0,
+        "bounds": 2 * columns * (d + 3 * r) + products,
+        "pass over the vocabulary": pool + partials + copies + adapter,
+        "selection": pool + partials + pairs,
+        "sort by row": partials + 3 * pairs,
+        "unpacking": partials + 2 * pairs + 2 * ids,
+        "sort by column": partials + pairs + 4 * ids + 2 * ids,
+        "result": 4 * ids + 4 * n * groups(v) + 8 * HOT_IDS,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split(":")[0])
+    parser.add_argument("shape", type=int, nargs="+", help="N V D, and R of a low-rank head")
+    parser.add_argument("--eps", type=float, help="threshold; by default 2^-15 with R, else 2^-13")
+    parser.add_argument("--same-dtype", action="store_true", help="adapters of e's dtype")
+    args = parser.parse_args()
+    if len(args.shape) not in (3, 4):
+        parser.error("the shape is N V D or N V D R")
+    n, v, d, r = (*args.shape, 0)[:4]
+    eps = args.eps or 2.0 ** (-15 if r else -13)
+    for step, size in forward_peaks(n, v, d, r, eps, not args.same_dtype).items():
+        print(f"{step:26} {size / MB:8.1f} MB")
+
+
+if __name__ == "__main__":
+    main()
