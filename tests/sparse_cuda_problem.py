@@ -26,7 +26,8 @@ class Problem:
 
     def __init__(
         self, n: int, v: int, d: int, dtype: torch.dtype = BF16, rank: int = 0, bias: bool = False,
-        ignored: float = 0.0, lse: bool = False, seed: int = 0, eps: float = EPS, **options: float,
+        ignored: float = 0.0, lse: bool = False, seed: int = 0, eps: float = EPS,
+        loss_scale: float = 1.0, **options: float,
     ) -> None:  # fmt: skip
         g = torch.Generator("cuda").manual_seed(seed)
         e, c, t = llm_like(n, v, d, dtype, "cuda", seed)
@@ -45,9 +46,9 @@ class Problem:
             self.leaves[name] = leaf.requires_grad_()
         self.targets = t
         # Not uniform, of both signs, and not finite where it must not matter.
-        self.dnll = (1 + normal(n, scale=0.3)) / n
+        self.dnll = (1 + normal(n, scale=0.3)) * (loss_scale / n)
         self.dnll[t == -100] = torch.nan
-        self.dlse = normal(n, scale=0.1 / n) if lse else None
+        self.dlse = normal(n, scale=0.1 * loss_scale / n) if lse else None
         self.options = LossOptions(**options)
         self.eps = eps
 
