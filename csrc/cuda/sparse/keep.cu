@@ -26,6 +26,7 @@ __device__ void load_rows(const KeepParams& p, Rows& rows, int& hopeless) {
   if (i < kRows) {
     const int position = static_cast<int>(blockIdx.x) * kRows + i;
     rows.target[i] = -1;
+    rows.lse2[i] = INFINITY;  // keeps nothing
     if (position < *p.order.count) {
       const int64_t row = p.order.rows[position];
       rows.lse2[i] = p.lse[row] * kLog2E;
