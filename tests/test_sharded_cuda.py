@@ -11,9 +11,16 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
 from bench.llm_data import llm_like
-from cce_ext import VocabParallelOptions, diagnostics, linear_cross_entropy
+from cce_ext import (
+    LinearCrossEntropyHead,
+    VocabParallelOptions,
+    diagnostics,
+    linear_cross_entropy,
+)
 from tests.ranks import run_ranks
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -164,12 +171,46 @@ def waits(rank: int, world: int) -> None:
     torch.cuda.set_sync_debug_mode("default")
 
 
+def fsdp(rank: int, world: int) -> None:
+    """FSDP2, a trained head and a low-rank one: every rank has some of the tokens and a piece of
+    every parameter."""
+    device = torch.device("cuda", torch.cuda.current_device())
+    mesh = init_device_mesh("cuda", (world,))
+    for case in ({}, {"rank": R}):
+        leaves, targets = problem(case, device)
+        leaves = {name: t.bfloat16() for name, t in leaves.items()}
+        wide = {name: t.float() for name, t in leaves.items()}
+        true_loss, truth = step(wide, targets, case, impl="reference")
+        loss, single = step(leaves, targets, case)
+        head = LinearCrossEntropyHead(D, V, device=device, dtype=torch.bfloat16, **case)
+        names = {"weight": "c", "lora_a": "lora_a", "lora_b": "lora_b"}
+        with torch.no_grad():
+            for name, parameter in head.named_parameters():
+                parameter.copy_(leaves[names[name]])
+        fully_shard(head, mesh=mesh)
+        e = leaves["e"].chunk(world)[rank].clone().requires_grad_()
+        found = head(e, targets.chunk(world)[rank], num_items=N / world)
+        found.backward()
+        assert diagnostics()["exact"] == "", diagnostics()
+        got = found.detach().clone()
+        dist.all_reduce(got)
+        assert (got / world - true_loss).abs() <= 2 * (loss - true_loss).abs() + 1e-4
+        gradients = {"e": gathered(e.grad) / world}
+        for name, parameter in head.named_parameters():
+            if parameter.requires_grad:
+                gradients[names[name]] = parameter.grad.full_tensor()
+        assert len(gradients) == (3 if case else 2)
+        for name, gradient in gradients.items():
+            limit = 2 * error(single[name], truth[name]) + 1e-4
+            assert error(gradient, truth[name]) <= limit, (case, name)
+
+
 @pytest.mark.parametrize("worker", [parity, others])
 def test_two_ranks_on_one_gpu(worker: Any, tmp_path: Path) -> None:
     run_ranks(worker, 2, tmp_path)
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
-@pytest.mark.parametrize("worker", [parity, others, waits])
+@pytest.mark.parametrize("worker", [parity, others, waits, fsdp])
 def test_two_gpus(worker: Any, tmp_path: Path) -> None:
     run_ranks(worker, 2, tmp_path, backend="cpu:gloo,cuda:nccl")
