@@ -184,7 +184,7 @@ def linear_cross_entropy(
     def tokens(x: Tensor) -> Tensor:
         return x.reshape(shape)[..., : shape[-1] - shift] if shift else x.reshape(shape)
 
-    loss = _reduce(stats.nll, flat_targets != ignore_index, reduction, num_items, tokens)
+    loss = _reduce(stats.nll, flat_targets, ignore_index, reduction, num_items, tokens)
     results: list[Any] = [loss]
     if return_lse:
         results.append(tokens(stats.lse).clone())
@@ -373,7 +373,12 @@ def _parallel_rows(
 
 
 def _reduce(
-    nll: Tensor, valid: Tensor, reduction: str, num_items: int | Tensor | None, tokens: Any
+    nll: Tensor,
+    targets: Tensor,
+    ignore_index: int,
+    reduction: str,
+    num_items: int | Tensor | None,
+    tokens: Any,
 ) -> Tensor:
     if reduction == "none":
         return tokens(nll).clone()
@@ -382,7 +387,7 @@ def _reduce(
         return total
     if num_items is not None:
         return total / (num_items.to(total.device) if isinstance(num_items, Tensor) else num_items)
-    return total / valid.sum().clamp(min=1)
+    return total / (targets != ignore_index).sum().clamp(min=1)
 
 
 def _metrics(stats: RowStatistics, targets: Tensor, ignore_index: int, tokens: Any) -> TokenMetrics:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from bench.timing import graph_of
-from cce_ext import diagnostics, linear_cross_entropy
+from cce_ext import diagnostics, eager, linear_cross_entropy
 from cce_ext.sparse import forward as sparse_forward
 from cce_ext.sparse import history
 from tests.sparse_cuda_problem import BF16, EPS, FP16, Problem, compare, error
@@ -160,6 +160,32 @@ def test_twice_is_bitwise_the_same() -> None:
     again = [torch.autograd.grad(nll, leaves, problem.dnll, retain_graph=True) for _ in range(2)]
     for x, y in zip(*again, strict=True):
         assert torch.equal(x, y)
+
+
+def test_the_direct_way_is_the_same_as_the_registered_ops(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    problem = Problem(300, 20000, 128)
+    e, c = problem.leaves["e"], problem.leaves["c"]
+    names = set()
+
+    def step() -> tuple[Tensor, ...]:
+        loss = linear_cross_entropy(e, c, problem.targets, reduction="sum")
+        node = loss.grad_fn.next_functions[0][0]
+        names.add(type(node).__name__)
+        return (loss, *torch.autograd.grad(loss, (e, c)))
+
+    got = step()
+    monkeypatch.setattr(eager, "is_plain", lambda tensors: False)
+    for x, y in zip(got, step(), strict=True):
+        assert torch.equal(x, y)
+    assert len(names) == 2
+    monkeypatch.undo()
+    (gradient,) = torch.autograd.grad(
+        linear_cross_entropy(e, c, problem.targets), e, create_graph=True
+    )
+    with pytest.raises(RuntimeError, match="double backward is not supported"):
+        gradient.float().sum().backward()
 
 
 def test_nothing_waits_for_the_device() -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 from cce_ext import eager
 from cce_ext.options import LossOptions
 from cce_ext.sparse import shard
-from cce_ext.sparse.backward import backward
+from cce_ext.sparse.backward import backward, gradients
 from cce_ext.sparse.forward import Lists, fake_lists, forward, kept_capacity, prepare
 
 #: vocabularies up to this size are always exact: their matmuls are cheap, their softmax dense
@@ -98,7 +98,7 @@ def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
 
 
 def _make_backward(op: Callable[..., tuple]) -> Callable[..., tuple]:
-    run = eager.backward(op, backward)
+    run = eager.backward(op, gradients)
 
     def formula(ctx: Any, dnll: Tensor | None, dlse: Tensor | None, *_: Tensor | None) -> tuple:
         needs = ctx.needs_input_grad

@@ -253,6 +253,40 @@ inline const float* fp32_vector(const std::optional<Tensor>& t, const char* name
   return static_cast<const float*>(t->const_data_ptr());
 }
 
+// Room for the records of some rows.
+inline Tensor empty_records(const Tensor& like, int64_t count) {
+  constexpr auto kNumbers = static_cast<int64_t>(sizeof(cuda::RowGradient) / sizeof(int32_t));
+  return empty(like, {count, kNumbers}, ScalarType::Int);
+}
+
+// cuda::RowGradient of the rows in the order.
+inline Tensor row_records(const std::optional<Tensor>& dnll, const std::optional<Tensor>& dlse,
+                          const Tensor& lse, const Tensor& targets, const Tensor& row_order,
+                          const Tensor& row_count, int64_t shard_size,
+                          const core::LossOptions& options) {
+  cuda::RowGradientParams p;
+  p.dnll = fp32_vector(dnll, "dnll");
+  p.dlse = fp32_vector(dlse, "dlse");
+  p.lse = fp32_vector(lse, "lse");
+  p.targets = i64(targets, "targets");
+  p.order = {row_order.const_data_ptr<int32_t>(), row_count.const_data_ptr<int32_t>()};
+  p.n = row_order.size(0);
+  p.shard_size = shard_size;
+  p.options = options;
+  const Tensor out = empty_records(lse, p.n);
+  p.out = static_cast<cuda::RowGradient*>(out.mutable_data_ptr());
+  check_cuda(cuda::row_gradients(p, stream_of(lse)), "row_gradients");
+  return out;
+}
+
+// Whether out is float beside a 16-bit other.
+inline bool is_fp32_beside(const Tensor& out, const Tensor& other, const char* name) {
+  if (out.scalar_type() == ScalarType::Float) return true;
+  STD_TORCH_CHECK(out.scalar_type() == other.scalar_type(), name,
+                  " must be float32 or of the inputs' dtype");
+  return false;
+}
+
 inline void check_readable(const Tensor& t, const Tensor& e, const char* name) {
   STD_TORCH_CHECK(t.scalar_type() == e.scalar_type() && has_pieces(t), name,
                   " must have e's dtype and rows that start at multiples of 16 bytes");

@@ -86,7 +86,7 @@ __global__ void __launch_bounds__(kThreads) weight_kernel(const __grid_constant_
   p.weights[i] = g;
   const int slot = p.slots[p.ids[i]];
   if (slot < 0) return;
-  const int64_t at = row * p.hot + slot;
+  const int64_t at = row * p.ld + slot;
   const float share = g / *p.unit;
   if (p.dtype == Dtype::kBFloat16)
     static_cast<__nv_bfloat16*>(p.dense)[at] = __float2bfloat16_rn(share);
