@@ -254,6 +254,21 @@ def test_ignored_rows_do_not_depend_on_what_memory_held() -> None:
             assert torch.equal(got, expected[name]), (value, name)
 
 
+def test_rows_that_do_not_count_drop_nothing() -> None:
+    problem = Problem(300, 20000, 128, ignored=0.5)
+    t, o = problem.leaves, problem.options
+    problem.loss()  # libraries' own workspaces stay
+    poison = torch.full((64 << 20,), torch.nan, device="cuda")
+    del poison
+    inputs = (t["e"], t["c"], problem.targets, None, None, None)
+    results = torch.ops.cce.sparse_ce_forward(*inputs, *o, 0, 0, False, EPS, True, True)
+    ignored = problem.targets == -100
+    assert (results[2][ignored] == 0).all()  # target logits
+    mass = sparse_forward.Lists(*results[7:]).mass
+    assert (mass[ignored] == 0).all()
+    assert (mass[~ignored].sum(1) > 0).all()
+
+
 def test_no_rows() -> None:
     e = torch.zeros(0, 64, device="cuda", dtype=BF16, requires_grad=True)
     c = torch.randn(20000, 64, device="cuda", dtype=BF16, requires_grad=True)

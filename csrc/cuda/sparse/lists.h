@@ -136,8 +136,7 @@ struct MassParams {
   int64_t n = 0;
   int groups = 0;
   core::LossOptions options;
-  float* mass =
-      nullptr;  // (N, groups) by row, must be zero: Σ p softcap' of the group's dropped entries
+  float* mass = nullptr;  // (N, groups) by row: Σ p softcap' of the group's dropped entries
 };
 
 cudaError_t dropped_mass(const MassParams& params, cudaStream_t stream);
