@@ -36,7 +36,7 @@ def _shape(t: Tensor) -> str:
 def is_dtensor(t: Any) -> bool:
     """Whether t is a DTensor; by name, so that torch.distributed.tensor is not imported for
     everybody."""
-    return any(base.__name__ == "DTensor" for base in type(t).__mro__[:-1])
+    return type(t) is not Tensor and any(b.__name__ == "DTensor" for b in type(t).__mro__[:-1])
 
 
 def check_number(

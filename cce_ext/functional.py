@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cce_ext import checks, info, triton
+from cce_ext import checks, eager, info, triton
 from cce_ext.compiled import compiled_statistics
 from cce_ext.constants import IGNORE_INDEX
 from cce_ext.diagnostics import record
@@ -30,7 +30,7 @@ from cce_ext.options import (
     resolve_filter,
 )
 from cce_ext.reference import RowStatistics, finish_logits, statistics, statistics_of_logits
-from cce_ext.sparse.op import differentiates, refusal
+from cce_ext.sparse.op import refusal
 
 _COMPILED_DTYPES = {
     "cpu": (torch.float64, torch.float32, torch.bfloat16, torch.float16),
@@ -141,10 +141,11 @@ def linear_cross_entropy(
     name = implementation_name(impl)
     options = checks.check_options(ignore_index, softcap, logit_scale, label_smoothing)
     sharded = vocab_parallel_options is not None
-    head = _head(e, c, bias, lora_a, lora_b, lora_scale, sharded)
+    head = _head(e, c, targets, bias, lora_a, lora_b, lora_scale, sharded)
     weight, bias = head.weight, head.bias
     if not head.fallback:
-        checks.check_tensors(e, weight, targets, bias)
+        if head.module is not None:
+            checks.check_tensors(e, weight, targets, bias)
         checks.check_dtypes(e, weight)
     shift = checks.check_shift(shift, targets)
     if vocab_parallel_options is not None:
@@ -183,7 +184,7 @@ def linear_cross_entropy(
     def tokens(x: Tensor) -> Tensor:
         return x.reshape(shape)[..., : shape[-1] - shift] if shift else x.reshape(shape)
 
-    loss = _reduce(stats.nll, flat_targets != ignore_index, reduction, num_items, tokens)
+    loss = _reduce(stats.nll, flat_targets, ignore_index, reduction, num_items, tokens)
     results: list[Any] = [loss]
     if return_lse:
         results.append(tokens(stats.lse).clone())
@@ -195,6 +196,7 @@ def linear_cross_entropy(
 def _head(
     e: Tensor,
     c: Tensor | nn.Module,
+    targets: Tensor,
     bias: Tensor | None,
     lora_a: Tensor | None,
     lora_b: Tensor | None,
@@ -202,13 +204,11 @@ def _head(
     sharded: bool,
 ) -> Head:
     """``c`` as tensors, with an explicit bias and low-rank update joined to it; of a sharded head,
-    this rank's."""
+    this rank's. Checks the arguments where c is a tensor."""
     if sharded:
         c, bias, lora_a, lora_b = local_arguments(c, bias, lora_a, lora_b)
     if not isinstance(c, nn.Module):
-        checks.check_tensors(
-            e, c, e.new_empty(e.shape[:-1], dtype=torch.int64) if isinstance(e, Tensor) else e, bias
-        )
+        checks.check_tensors(e, c, targets, bias)
         scale = checks.check_low_rank(e, c, lora_a, lora_b, lora_scale)
         return Head(c, bias, () if lora_a is None else (Adapter(lora_a, lora_b, scale),))
     head = local_head(resolve_head(c)) if sharded else resolve_head(c)
@@ -306,18 +306,17 @@ def _rows(
         return run(e, head.weight, targets, head.bias, u, b, options, metrics)
     pair, reason = _pair(name, e)
     inputs = (e, head.weight, targets, head.bias, u, b)
-    if pair == "linear_ce" and e.device.type == "cuda" and differentiates(inputs):
+    if pair == "linear_ce" and e.device.type == "cuda" and eager.differentiates(inputs):
         exact = refusal(head.weight, e.shape[0], options, facts["filter"].eps)
         facts["exact"] = exact
         if not exact:
             pair = "sparse_ce"
     path = {"linear_ce": "compiled", "sparse_ce": "compiled"}
     record(path=path.get(pair, pair.removesuffix("_ce")), reason=reason, **facts)
+    arguments = (*inputs, *options, 0, 0, metrics)
     if pair == "sparse_ce":
-        op = torch.ops.cce.sparse_ce_forward
-        return RowStatistics(*op(*inputs, *options, 0, 0, metrics, *facts["filter"])[:7])
-    op = getattr(torch.ops.cce, f"{pair}_forward")
-    return RowStatistics(*op(*inputs, *options, 0, 0, metrics))
+        arguments += facts["filter"]
+    return RowStatistics(*eager.forward(pair, *arguments)[: len(RowStatistics._fields)])
 
 
 def _check_parallel(
@@ -374,7 +373,12 @@ def _parallel_rows(
 
 
 def _reduce(
-    nll: Tensor, valid: Tensor, reduction: str, num_items: int | Tensor | None, tokens: Any
+    nll: Tensor,
+    targets: Tensor,
+    ignore_index: int,
+    reduction: str,
+    num_items: int | Tensor | None,
+    tokens: Any,
 ) -> Tensor:
     if reduction == "none":
         return tokens(nll).clone()
@@ -383,7 +387,7 @@ def _reduce(
         return total
     if num_items is not None:
         return total / (num_items.to(total.device) if isinstance(num_items, Tensor) else num_items)
-    return total / valid.sum().clamp(min=1)
+    return total / (targets != ignore_index).sum().clamp(min=1)
 
 
 def _metrics(stats: RowStatistics, targets: Tensor, ignore_index: int, tokens: Any) -> TokenMetrics:

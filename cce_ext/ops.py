@@ -13,9 +13,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.amp.autocast_mode import _cast
 
-from cce_ext import _load, blocked, triton
+from cce_ext import _load, blocked, eager, triton
 from cce_ext.blocked import accumulate_dtype
 from cce_ext.cuda_backward import exact_backward
 from cce_ext.sparse import op as sparse
@@ -70,13 +69,16 @@ def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
 
 
 def _make_backward(op: Any) -> Any:
+    run = eager.backward(op, op)
+
     def backward(ctx: Any, dnll: Tensor | None, dlse: Tensor | None, *_: Tensor | None) -> tuple:
         needs = ctx.needs_input_grad
         wanted = [needs[_INPUTS.index(name)] for name in ("e", "c", "bias", "u", "lora_b")]
         if dnll is None and dlse is None:
             return (None,) * len(needs)
         e, c, targets, bias, u, lora_b, lse = ctx.saved_tensors
-        grads = op(dnll, dlse, e, c, targets, lse, bias, u, lora_b, *ctx.options, *wanted)
+        tensors = (dnll, dlse, e, c, targets, lse, bias, u, lora_b)
+        grads = run(tensors, *tensors, *ctx.options, *wanted)
         de, dc, dbias, du, db = (g if w else None for g, w in zip(grads, wanted, strict=True))
         return (de, dc, None, dbias, du, db, *(None,) * (len(needs) - len(_INPUTS)))
 
@@ -111,37 +113,24 @@ def define_pair(name: str, forward: Callable[..., tuple], backward: Callable[...
 
 
 def register_pair(name: str) -> None:
-    """Registers autograd, autocast and fake kernels for ``cce::<name>_forward`` and
+    """Registers autograd, autocast, fake kernels and the direct way for ``cce::<name>_forward`` and
     ``cce::<name>_backward``."""
     forward, backward = f"cce::{name}_forward", f"cce::{name}_backward"
     backward_op = getattr(torch.ops.cce, f"{name}_backward").default
     torch.library.register_fake(forward, _fake_forward, lib=_library)
     torch.library.register_fake(backward, _fake_backward, lib=_library)
-    torch.library.register_autograd(
-        forward, _make_backward(backward_op), setup_context=_setup_context, lib=_library
-    )
+    formula = _make_backward(backward_op)
+    torch.library.register_autograd(forward, formula, setup_context=_setup_context, lib=_library)
     torch.library.register_autograd(
         backward,
         _refuse_double_backward,
         setup_context=lambda ctx, inputs, output: None,
         lib=_library,
     )
-    for device, key in (("cpu", "AutocastCPU"), ("cuda", "AutocastCUDA")):
-        _library.impl(f"{name}_forward", _make_autocast(name, device, key), key)
-
-
-def _make_autocast(name: str, device: str, key: str) -> Any:
-    """Casts floating inputs to autocast's dtype, as F.linear's are; each gradient is cast back by
-    autograd."""
-    op = getattr(torch.ops.cce, f"{name}_forward").default
-    keys = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
-
-    def autocast(*args: Any) -> tuple[Tensor, ...]:
-        dtype = torch.get_autocast_dtype(device)
-        with torch._C._ExcludeDispatchKeyGuard(keys):
-            return op(*(_cast(a, device, dtype) for a in args))
-
-    return autocast
+    forward_op = getattr(torch.ops.cce, f"{name}_forward").default
+    for device, key in eager.AUTOCAST_KEYS.items():
+        _library.impl(f"{name}_forward", eager.with_autocast(forward_op, device), key)
+    eager.register(name, forward_op, _setup_context, formula)
 
 
 def linear_ce(
@@ -191,8 +180,5 @@ def register() -> None:
         _library.impl("linear_ce_backward", exact_backward, "CUDA")
     register_pair("linear_ce")
     sparse.register(_library, _fake_forward, _fake_backward, _refuse_double_backward)
-    _library.impl(
-        "sparse_ce_forward", _make_autocast("sparse_ce", "cuda", "AutocastCUDA"), "AutocastCUDA"
-    )
     define_pair("blocked_ce", blocked.forward, blocked.backward)
     define_pair("triton_ce", triton.forward, triton.backward)

@@ -11,6 +11,7 @@ from torch import Tensor
 from cce_ext.options import LossOptions
 from cce_ext.sparse import tail
 from cce_ext.sparse.op import refusal
+from cce_ext.sparse.products import column_gradient, row_gradient
 from cce_ext.sparse.reference import SparseGradients
 from tests.sparse_problem import (
     CASES,
@@ -21,6 +22,7 @@ from tests.sparse_problem import (
     made_head,
     make,
 )
+from tests.tail_factors import make_factors, make_units
 
 F64 = torch.float64
 
@@ -236,24 +238,28 @@ def test_products_of_the_tail(dtype: torch.dtype, smoothing: float) -> None:
     )
     e, c = (normal(n, d) + 1).to(dtype), (normal(v, d) + 1).to(dtype)
     ids = torch.randperm(v, generator=g)[:50].sort().values
-    values = (normal(n, 50) * (torch.rand(n, 50, generator=g) < 0.2)).to(dtype)
-    dense = tail.Dense(values, torch.full((1,), 1e-4, dtype=accumulate), ids)
-    if dtype == torch.bfloat16:
-        dense = dense._replace(values=values * 1e-4, unit=torch.ones(1))
+    values = normal(n, 50) * (torch.rand(n, 50, generator=g) < 0.2)
     whole = tail.dense(spread).double()
-    whole[:, ids] += dense.values.double() * dense.unit
+    whole[:, ids] += values.to(dtype).double() * 1e-4
     limit = {F64: 1e-12, torch.float32: 1e-5}.get(dtype, 6e-3)
     lift = 2.0**20 if dtype == torch.float16 else 1.0  # what a loss scale does
     spread = spread._replace(
         mass=spread.mass * lift, uniform=None if not smoothing else spread.uniform * lift
     )
-    dense = dense._replace(unit=dense.unit * lift)
-    by_row = tail.row_gradient(spread, dense, c)
+    units = make_units(spread, 1e-4 * lift, dtype)
+    values = values.to(dtype).to(accumulate) * (1e-4 * lift) / units[0]
+    factors = make_factors(spread, values, ids, units, dtype)
+    by_row = row_gradient(factors, c)
     by_column = torch.empty(v, d, dtype=dtype)
-    tail.column_gradient(spread, dense, e, by_column)
+    hot = column_gradient(factors, e, by_column)
+    by_column[ids] = (by_column[ids] + hot * units[0]).to(dtype)
     assert error(by_row / lift, whole @ c.double()) < limit
     truth = whole.T @ e.double()
     assert error(by_column / lift, truth) < limit
+    wide = torch.empty(v, d, dtype=accumulate)  # of a classifier wider than the hidden states
+    assert torch.equal(column_gradient(factors, e, wide), hot)
+    wide[ids] += hot * units[0]
+    assert error(wide / lift, truth) < limit
     # Each id's own error: Adam asks for nothing else. Those that float16 has numbers for.
     there = truth.norm(dim=1) * lift > (1e-3 if dtype == torch.float16 else 0)
     assert there.sum() > v / 4

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from bench.timing import graph_of
-from cce_ext import diagnostics, linear_cross_entropy
+from cce_ext import diagnostics, eager, linear_cross_entropy
 from cce_ext.sparse import forward as sparse_forward
 from cce_ext.sparse import history
 from tests.sparse_cuda_problem import BF16, EPS, FP16, Problem, compare, error
@@ -162,6 +162,32 @@ def test_twice_is_bitwise_the_same() -> None:
         assert torch.equal(x, y)
 
 
+def test_the_direct_way_is_the_same_as_the_registered_ops(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    problem = Problem(300, 20000, 128)
+    e, c = problem.leaves["e"], problem.leaves["c"]
+    names = set()
+
+    def step() -> tuple[Tensor, ...]:
+        loss = linear_cross_entropy(e, c, problem.targets, reduction="sum")
+        node = loss.grad_fn.next_functions[0][0]
+        names.add(type(node).__name__)
+        return (loss, *torch.autograd.grad(loss, (e, c)))
+
+    got = step()
+    monkeypatch.setattr(eager, "is_plain", lambda tensors: False)
+    for x, y in zip(got, step(), strict=True):
+        assert torch.equal(x, y)
+    assert len(names) == 2
+    monkeypatch.undo()
+    (gradient,) = torch.autograd.grad(
+        linear_cross_entropy(e, c, problem.targets), e, create_graph=True
+    )
+    with pytest.raises(RuntimeError, match="double backward is not supported"):
+        gradient.float().sum().backward()
+
+
 def test_nothing_waits_for_the_device() -> None:
     problem = Problem(300, 20000, 128, bias=True, rank=4)
     problem.gradients()
@@ -226,6 +252,21 @@ def test_ignored_rows_do_not_depend_on_what_memory_held() -> None:
         del poison
         for name, got in problem.gradients().items():
             assert torch.equal(got, expected[name]), (value, name)
+
+
+def test_rows_that_do_not_count_drop_nothing() -> None:
+    problem = Problem(300, 20000, 128, ignored=0.5)
+    t, o = problem.leaves, problem.options
+    problem.loss()  # libraries' own workspaces stay
+    poison = torch.full((64 << 20,), torch.nan, device="cuda")
+    del poison
+    inputs = (t["e"], t["c"], problem.targets, None, None, None)
+    results = torch.ops.cce.sparse_ce_forward(*inputs, *o, 0, 0, False, EPS, True, True)
+    ignored = problem.targets == -100
+    assert (results[2][ignored] == 0).all()  # target logits
+    mass = sparse_forward.Lists(*results[7:]).mass
+    assert (mass[ignored] == 0).all()
+    assert (mass[~ignored].sum(1) > 0).all()
 
 
 def test_no_rows() -> None:

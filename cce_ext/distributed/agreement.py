@@ -16,9 +16,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from cce_ext.eager import differentiates
 from cce_ext.heads import Head
 from cce_ext.options import LossOptions
-from cce_ext.sparse.op import differentiates
 
 if TYPE_CHECKING:
     from cce_ext.distributed.vocab_parallel import VocabParallelOptions

@@ -21,11 +21,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from cce_ext.distributed.dtensor import shard_of
+from cce_ext.eager import differentiates
 from cce_ext.options import Filter, LossOptions
 from cce_ext.reference import RowStatistics
 from cce_ext.sparse import shard
 from cce_ext.sparse.forward import Bounds, sort_entries
-from cce_ext.sparse.op import common_refusal, differentiates, shard_refusal
+from cce_ext.sparse.op import common_refusal, shard_refusal
 
 # Renamed in PyTorch 2.13, whose old name warns.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor

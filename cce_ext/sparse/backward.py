@@ -3,7 +3,7 @@ products, and the exact way for a list of rows whose length only the device know
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,7 +11,7 @@ from torch import Tensor
 from cce_ext import diagnostics
 from cce_ext.cuda_backward import exact_backward, readable, row_vector
 from cce_ext.options import LossOptions
-from cce_ext.sparse import history, tail
+from cce_ext.sparse import history, products, tail
 from cce_ext.sparse.forward import Lists
 
 # Bytes of a chunk of the sampled rows' tails.
@@ -34,17 +34,17 @@ class _Call(NamedTuple):
     vocab: tuple[int, int]  # first id, size of the whole vocabulary
     eps: float
 
-    def records(
-        self, dnll: Tensor | None, dlse: Tensor | None, order: Tensor, count: Tensor
-    ) -> Tensor:
-        o = self.options
-        return torch.ops.cce.row_gradients(
-            dnll, dlse, self.lse, self.targets, order, count, o.label_smoothing, o.ignore_index,
-            self.c.shape[0], *self.vocab,
-        )  # fmt: skip
+
+def backward(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The CUDA kernel of ``cce::sparse_ce_backward``: :func:`gradients`, as an op must return them."""
+    e, c, _, _, bias, u, lora_b = args[2:9]
+    return tuple(
+        e.new_empty(0, dtype=torch.float32 if t is None else t.dtype) if g is None else g
+        for g, t in zip(gradients(*args), (e, c, bias, u, lora_b), strict=True)
+    )
 
 
-def backward(
+def gradients(
     dnll: Tensor | None,
     dlse: Tensor | None,
     e: Tensor,
@@ -70,11 +70,11 @@ def backward(
     need_bias: bool,
     need_u: bool,
     need_lora_b: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The CUDA kernel of ``cce::sparse_ce_backward``; arguments and results as
-    ``linear_ce_backward``'s, with the forward's lists, the threshold, and which gradients may be
-    sparse: e_grad for those by rows (e, u), c_grad for those by columns (c, bias, lora_b).
-    dropped_share (1,): that of all shards together; None: there is one."""
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """What ``cce::sparse_ce_backward`` computes; arguments and results as ``linear_ce_backward``'s,
+    with the forward's lists, the threshold, and which gradients may be sparse: e_grad for those by
+    rows (e, u), c_grad for those by columns (c, bias, lora_b). dropped_share (1,): that of all
+    shards together; None: there is one. None: a gradient that is not needed."""
     place = (ignore_index, softcap, logit_scale, label_smoothing, vocab_start, vocab_total)
     inputs = (e, c, targets, lse, bias, u, lora_b)
     needs = (need_e, need_c, need_bias, need_u, need_lora_b)
@@ -94,23 +94,27 @@ def _sparse(
     need_lora_b,
 ):  # fmt: skip
     targets = targets.long().contiguous()
-    dnll, dlse = row_vector(dnll), row_vector(dlse)
+    dnll = None if dnll is None else dnll.float()
+    dlse = row_vector(dlse)
     a, d, row_mass, own_share = torch.ops.cce.backward_shares(
         dnll, dlse, targets, lists.mass, lists.exact_rows, ignore_index
     )
     share = own_share if share is None else share
+    total = vocab_total or vocab_start + c.shape[0]
+    half = e.dtype == torch.float16  # in bfloat16 no factor needs a unit
     # From here on a and d are those of the sparse rows.
-    exact, exact_share, d_all, sample, weight = torch.ops.cce.backward_sample_(
-        a, d, row_mass, share, targets, lists.exact_rows, ignore_index, tail.FLAT,
-        min(tail.SAMPLE, targets.shape[0]),
+    exact, exact_share, d_all, sample, weight, order, count, units = (
+        torch.ops.cce.backward_sample_(
+            a, d, row_mass, share, targets, lists.exact_rows, ignore_index, tail.FLAT,
+            min(tail.SAMPLE, targets.shape[0]), abs(logit_scale) if half else 0.0,
+            abs(logit_scale) * label_smoothing / total * tail.GROUP,
+        )
     )  # fmt: skip
     diagnostics.record_backward(lists.tally, share, exact)
     # Batches of about this size: few rows are flat more often than many.
     size = e.shape[0].bit_length()
     kind = (e.device.index, e.dtype, size, *c.shape, softcap, logit_scale, eps)
-    flat = history.mostly_exact(kind)
-    history.note(kind, exact_share)
-    if flat:
+    if history.mostly_exact(kind, exact_share):
         return exact_backward(
             d_all, dlse, e, c, targets, lse, bias, u, lora_b, ignore_index, softcap, logit_scale,
             label_smoothing, vocab_start, vocab_total, need_e, need_c, need_bias, need_u,
@@ -126,144 +130,140 @@ def _sparse(
         None if u is None else readable(u, e.dtype),
         None if lora_b is None else readable(lora_b, e.dtype),
         LossOptions(ignore_index, softcap, logit_scale, label_smoothing),
-        (vocab_start, vocab_total or vocab_start + c.shape[0]),
+        (vocab_start, total),
         eps,
     )
 
     # What is there for each gradient: (N, width) or (V, width), and where it starts from.
     rows_of = [(need_e, call.c, e), (need_u and u is not None, call.lora_b, u)]
     columns_of = [(need_c, call.e, c), (need_lora_b and lora_b is not None, call.u, lora_b)]
-    spread = _spread(call, lists, a, d, tail.Sample(sample, weight))
-    # A bf16 matrix needs no unit; one for fp16 that no weight exceeds by much.
-    unit = torch.ones(1, device=a.device)
-    if call.e.dtype == torch.float16:
-        unit = ((a.abs().max() + d.abs().max()) * abs(logit_scale) + 1e-30)[None]
-    hot = call.e.new_zeros(call.e.shape[0], lists.hot_ids.shape[0])
+    factors, dbias = _factors(
+        call, lists, a, d, tail.Sample(sample, weight), units, need_bias and bias is not None
+    )
     weights = torch.ops.cce.entry_weights(
-        lists.row_first[-1:], lists.rows, lists.ids, lists.logits, a, d, call.lse,
-        targets, softcap, logit_scale, label_smoothing, vocab_start, lists.slots, hot, unit,
+        lists.row_first, lists.rows, lists.ids, lists.logits, a, d, call.lse,
+        targets, softcap, logit_scale, label_smoothing, vocab_start, lists.slots, factors.rows,
+        units,
     )  # fmt: skip
-    kept = _Kept(lists, weights, tail.Dense(hot, unit, lists.hot_ids))
-    dbias = tail.column_sum(spread) if need_bias and bias is not None else None
-    by_row = [
-        _row_gradient(spread, kept, source, like) if need else None
-        for need, source, like in rows_of
-    ]
+    kept = _Kept(lists, weights, factors)
+    by_row = [_row_gradient(kept, source, like) if need else None for need, source, like in rows_of]
     by_column = [
-        _column_gradient(spread, kept, source, like) if need else None
-        for need, source, like in columns_of
+        _column_gradient(kept, source, like) if need else None for need, source, like in columns_of
     ]
     if dbias is not None:
         # Only the sums of the weights are wanted.
         nothing = call.e.new_zeros(call.e.shape[0] + call.c.shape[0], 8)
         torch.ops.cce.gather_(
-            nothing[: call.c.shape[0]], nothing[call.c.shape[0] :], lists.column_first[:-1],
-            lists.column_first[1:].contiguous(), lists.rows, weights, lists.order, None, dbias,
+            nothing[: call.c.shape[0]], nothing[call.c.shape[0] :], lists.column_first, None, None,
+            lists.rows, weights, lists.order, None, dbias,
         )  # fmt: skip
-    del spread, kept, weights, hot
-    _add_exact_rows(call, d_all, dlse, exact, by_row, by_column, dbias)
+    del factors, kept, weights
+    # Rows on the exact list, by recomputed logits: rows are overwritten, columns are added to. An
+    # empty list costs an empty launch.
+    torch.ops.cce.exact_rows_(
+        by_row[0], by_column[0], dbias, by_row[1], by_column[1], call.e, call.c, call.bias, call.u,
+        call.lora_b, order, count, d_all, dlse, call.lse, targets, ignore_index, softcap,
+        logit_scale, label_smoothing, *call.vocab,
+    )  # fmt: skip
     results = (by_row[0], by_column[0], dbias, by_row[1], by_column[1])
     return tuple(
-        e.new_empty(0, dtype=torch.float32 if t is None else t.dtype)
-        if r is None
-        else r.to(t.dtype)
+        None if r is None else r.to(t.dtype)
         for r, t in zip(results, (e, c, bias, u, lora_b), strict=True)
     )
 
 
-def _spread(call: _Call, lists: Lists, a: Tensor, d: Tensor, sample: tail.Sample) -> tail.Spread:
-    """The tail of every row: sampled rows' logits again, their dropped entries by class."""
-    o = call.options
-    classes = tail.classify(call.e, call.u, sample.rows)
-    member = tail.one_hot(classes[sample.rows], tail.CLASSES, call.e.dtype).T.contiguous()
-    weights = _sampled_tails(call, sample.rows, sample.weight[sample.rows] * _LIFT, member)
-    uniform = None
-    if o.label_smoothing:
-        uniform = d * (-o.logit_scale * o.label_smoothing / call.vocab[1])
-    mass = lists.mass * (a * o.logit_scale)[:, None]
-    return tail.Spread(mass, classes, tail.shapes(weights), uniform)
+def _factors(
+    call: _Call,
+    lists: Lists,
+    a: Tensor,
+    d: Tensor,
+    sample: tail.Sample,
+    units: Tensor,
+    need_bias: bool,
+) -> tuple[products.Factors, Tensor | None]:
+    """The tail of every row, from the sampled rows' logits: what they drop, by class. Columns of
+    hot ids are zeros. If needed, also the tail's gradient by the bias."""
+    o, rows = call.options, sample.rows
+    e, u, order, count, records = torch.ops.cce.tail_rows(
+        rows, sample.weight, _LIFT, call.e, call.u, call.lse, call.targets, o.label_smoothing,
+        o.ignore_index, call.c.shape[0], *call.vocab,
+    )  # fmt: skip
+    u = None if call.u is None else u
+    step = max(1, rows.shape[0] // tail.CLASSES)
+    anchors = slice(0, step * tail.CLASSES, step)
+    scores = torch.mm(call.e, e[anchors].T, out_dtype=torch.float32)
+    if u is not None:
+        scores = torch.addmm(scores, call.u, u[anchors].T, out_dtype=torch.float32)
+    smoothing = o.label_smoothing > 0
+    uniform = -o.logit_scale * o.label_smoothing / call.vocab[1]  # of d, by entry
+    of_rows, classes, member = torch.ops.cce.tail_classes(
+        scores, call.e, a, d, lists.mass, rows, units, lists.hot_ids.shape[0], o.logit_scale,
+        uniform * tail.GROUP if smoothing else None,
+    )  # fmt: skip
+    sums = _sampled_tails(call._replace(e=e, u=u), order, count, records, member)
+    shape = torch.ops.cce.tail_shapes(sums, call.e, tail.SHARED, smoothing)
+    dbias = None
+    if need_bias:  # not of rounded numbers
+        mass = lists.mass * (a * o.logit_scale)[:, None]
+        wide = torch.ops.cce.tail_shapes(sums, sums, tail.SHARED, False)
+        spread = tail.Spread(mass, classes, wide, d * uniform if smoothing else None)
+        dbias = tail.column_sum(spread)
+    return products.Factors(of_rows, shape, lists.hot_ids, units), dbias
 
 
-def _sampled_tails(call: _Call, rows: Tensor, weight: Tensor, member: Tensor) -> Tensor:
-    """(K, V): what the sampled rows drop, times their weight, summed by class; rows (R,), weight
-    (R,), member (K, R) ones and zeros."""
-    v, size, o = call.c.shape[0], rows.shape[0], call.options
-    # A call of its own over copies of these rows: neighbours in memory are loaded as tiles.
-    sampled = call._replace(
-        e=call.e[rows],
-        u=None if call.u is None else readable(call.u[rows], call.u.dtype),
-        targets=call.targets[rows],
-        lse=call.lse[rows],
-    )
-    order = torch.arange(size, device=rows.device, dtype=torch.int32)
-    count = torch.full((1,), size, device=rows.device, dtype=torch.int32)
-    records = sampled.records(None, weight, order, count)
-    sums = torch.empty(member.shape[0], v, device=rows.device)
+def _sampled_tails(
+    call: _Call, order: Tensor, count: Tensor, records: Tensor, member: Tensor
+) -> Tensor:
+    """(K, V): what the sampled rows drop, times their weight, summed by class; call: of these rows
+    alone, R of them; member (K, R) ones and zeros."""
+    v, size, o = call.c.shape[0], order.shape[0], call.options
+    sums = torch.empty(member.shape[0], v, device=order.device, dtype=torch.float32)
     tile = torch.ops.cce.column_tile(call.e)
     step = max(tile, _TAIL_BYTES // (2 * size) // tile * tile)
-    buffer = torch.empty(size, -(-min(step, v) // 8) * 8, device=rows.device, dtype=call.e.dtype)
+    width = -(-min(step, v) // 8) * 8
+    buffer = torch.empty(size, width, device=order.device, dtype=call.e.dtype)
     for first in range(0, v, step):
         columns = slice(first, min(first + step, v))
         part = buffer[:, : columns.stop - first]
         torch.ops.cce.dlogits_(
-            part, sampled.e, call.c[columns],
+            part, call.e, call.c[columns],
             None if call.bias is None else call.bias[columns],
-            sampled.u, None if call.lora_b is None else call.lora_b[columns],
+            call.u, None if call.lora_b is None else call.lora_b[columns],
             order, count, records, first, o.softcap, o.logit_scale, o.label_smoothing,
             tail_eps=call.eps,
         )  # fmt: skip
-        sums[:, columns] = tail.wide_mm(member, part)
+        torch.mm(member, part, out_dtype=torch.float32, out=sums[:, columns])
     return sums
 
 
 class _Kept(NamedTuple):
-    """Kept entries and their weights: those of hot ids as a matrix, the others by the lists."""
+    """Kept entries and their weights: by the lists, and those of hot ids in the factors."""
 
     lists: Lists
     weights: Tensor  # (K,)
-    hot: tail.Dense
+    factors: products.Factors
 
 
-def _row_gradient(spread: tail.Spread, kept: _Kept, source: Tensor, like: Tensor) -> Tensor:
+def _row_gradient(kept: _Kept, source: Tensor, like: Tensor) -> Tensor:
     """The gradient by `like` (N, width): tail and kept entries; source (V, width)."""
     lists = kept.lists
-    out = tail.row_gradient(spread, kept.hot, source)
+    out = products.row_gradient(kept.factors, source)
     torch.ops.cce.gather_(
-        out, source, lists.row_first[:-1], lists.row_hot, lists.ids, kept.weights, None,
+        out, source, lists.row_first, lists.row_hot, None, lists.ids, kept.weights, None,
         lists.row_order, None,
     )  # fmt: skip
     return out.to(like.dtype)
 
 
-def _column_gradient(spread: tail.Spread, kept: _Kept, source: Tensor, like: Tensor) -> Tensor:
+def _column_gradient(kept: _Kept, source: Tensor, like: Tensor) -> Tensor:
     """The gradient by `like` (V, width): tail and kept entries; source (N, width)."""
-    lists = kept.lists
+    lists, factors = kept.lists, kept.factors
     dtype = like.dtype if like.dtype == source.dtype else torch.float32
     out = torch.empty(like.shape, device=like.device, dtype=dtype)
-    tail.column_gradient(spread, kept.hot, source, out)
-    first, last = lists.column_first[:-1], lists.column_first[1:]
-    cold = torch.where(lists.slots < 0, last, first)
+    hot = products.column_gradient(factors, source, out)
+    torch.ops.cce.add_rows_(out, factors.hot, hot, factors.units, source)
     torch.ops.cce.gather_(
-        out, source, first, cold, lists.rows, kept.weights, lists.order, None, None
-    )
-    return out
-
-
-def _add_exact_rows(
-    call: _Call,
-    d: Tensor,
-    dlse: Tensor | None,
-    exact: Tensor,
-    by_row: list[Tensor | None],
-    by_column: list[Tensor | None],
-    dbias: Tensor | None,
-) -> None:
-    """Gradients of the rows on the exact list, by recomputed logits: rows are overwritten, columns
-    are added to. An empty list costs an empty launch."""
-    order, count = torch.ops.cce.row_order(torch.where(exact, 0, -1), -1)
-    o = call.options
-    torch.ops.cce.exact_rows_(
-        by_row[0], by_column[0], dbias, by_row[1], by_column[1], call.e, call.c, call.bias, call.u,
-        call.lora_b, order, count, call.records(d, dlse, order, count), o.softcap, o.logit_scale,
-        o.label_smoothing,
+        out, source, lists.column_first, None, lists.slots, lists.rows, kept.weights, lists.order,
+        None, None,
     )  # fmt: skip
+    return out

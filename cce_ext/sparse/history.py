@@ -9,6 +9,7 @@ long ago, so asking hardly ever waits, and the choice depends on the calls alone
 
 from __future__ import annotations
 
+import threading
 from collections import OrderedDict, deque
 
 import torch
@@ -20,6 +21,8 @@ MANY = 0.25
 _BACK = 2
 _KINDS = 64
 
+# Backwards on several devices are on several threads.
+_lock = threading.Lock()
 _seen: OrderedDict[tuple, deque[tuple[Tensor, torch.cuda.Event]]] = OrderedDict()
 
 
@@ -28,26 +31,26 @@ def clear() -> None:
     _seen.clear()
 
 
-def mostly_exact(kind: tuple) -> bool:
-    """Whether most rows of the call before the last one of this kind went the exact way; False
-    where there was none, and while a CUDA graph is captured, which must not depend on the past."""
-    calls = _seen.get(kind)
-    if calls is None or len(calls) < _BACK or torch.cuda.is_current_stream_capturing():
-        return False
-    share, arrived = calls[0]
-    arrived.synchronize()
-    return share.item() > MANY
-
-
-def note(kind: tuple, share: Tensor) -> None:
-    """Keeps a call's share (1,) of rows that went the exact way."""
+def mostly_exact(kind: tuple, share: Tensor) -> bool:
+    """Whether most rows of the call before the last one of this kind went the exact way, and keeps
+    the share (1,) of this one's. False where there was none, and while a CUDA graph is captured,
+    which must not depend on the past."""
     if torch.cuda.is_current_stream_capturing():
-        return
-    host = torch.empty(1, dtype=share.dtype, pin_memory=True)
-    host.copy_(share, non_blocking=True)
-    arrived = torch.cuda.Event()
-    arrived.record()
-    _seen.setdefault(kind, deque(maxlen=_BACK)).append((host, arrived))
-    _seen.move_to_end(kind)
-    if len(_seen) > _KINDS:
-        _seen.popitem(last=False)
+        return False
+    with _lock:
+        calls = _seen.setdefault(kind, deque())
+        _seen.move_to_end(kind)
+        if len(_seen) > _KINDS:
+            _seen.popitem(last=False)
+        if len(calls) < _BACK:
+            many = False
+            host = torch.empty(1, dtype=share.dtype, pin_memory=True)
+            arrived = torch.cuda.Event()
+        else:  # read, then used again: page-locked memory is slow to get
+            host, arrived = calls.popleft()
+            arrived.synchronize()
+            many = host.item() > MANY
+        host.copy_(share, non_blocking=True)
+        arrived.record()
+        calls.append((host, arrived))
+    return many

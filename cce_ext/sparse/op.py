@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cce_ext import eager
 from cce_ext.options import LossOptions
 from cce_ext.sparse import shard
-from cce_ext.sparse.backward import backward
+from cce_ext.sparse.backward import backward, gradients
 from cce_ext.sparse.forward import Lists, fake_lists, forward, kept_capacity, prepare
 
 #: vocabularies up to this size are always exact: their matmuls are cheap, their softmax dense
@@ -33,11 +34,6 @@ _BACKWARD = (
     "bool need_c, bool need_bias, bool need_u, bool need_lora_b) -> (Tensor de, Tensor dc, Tensor dbias, Tensor du, "
     "Tensor dlora_b)"
 )
-
-
-def differentiates(inputs: tuple[Tensor | None, ...]) -> bool:
-    """Whether a call with these inputs will have a backward."""
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
 
 
 def refusal(c: Tensor, n: int, options: LossOptions, eps: float | None) -> str:
@@ -101,17 +97,23 @@ def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
     ctx.mark_non_differentiable(*others)
 
 
-def _backward(ctx: Any, dnll: Tensor | None, dlse: Tensor | None, *_: Tensor | None) -> tuple:
-    needs = ctx.needs_input_grad
-    if dnll is None and dlse is None:
-        return (None,) * len(needs)
-    wanted = [needs[_INPUTS.index(name)] for name in ("e", "c", "bias", "u", "lora_b")]
-    e, c, targets, bias, u, lora_b, lse, *lists = ctx.saved_tensors
-    grads = torch.ops.cce.sparse_ce_backward(
-        dnll, dlse, e, c, targets, lse, bias, u, lora_b, lists, None, *ctx.options, *wanted
-    )
-    de, dc, dbias, du, db = (g if w else None for g, w in zip(grads, wanted, strict=True))
-    return (de, dc, None, dbias, du, db, *(None,) * (len(needs) - len(_INPUTS)))
+def _make_backward(op: Callable[..., tuple]) -> Callable[..., tuple]:
+    run = eager.backward(op, gradients)
+
+    def formula(ctx: Any, dnll: Tensor | None, dlse: Tensor | None, *_: Tensor | None) -> tuple:
+        needs = ctx.needs_input_grad
+        if dnll is None and dlse is None:
+            return (None,) * len(needs)
+        wanted = [needs[_INPUTS.index(name)] for name in ("e", "c", "bias", "u", "lora_b")]
+        e, c, targets, bias, u, lora_b, lse, *lists = saved = ctx.saved_tensors
+        grads = run(
+            (dnll, dlse, *saved),
+            dnll, dlse, e, c, targets, lse, bias, u, lora_b, lists, None, *ctx.options, *wanted,
+        )  # fmt: skip
+        de, dc, dbias, du, db = (g if w else None for g, w in zip(grads, wanted, strict=True))
+        return (de, dc, None, dbias, du, db, *(None,) * (len(needs) - len(_INPUTS)))
+
+    return formula
 
 
 def register(
@@ -129,7 +131,15 @@ def register(
     names = ("cce::sparse_ce_forward", "cce::sparse_ce_backward")
     torch.library.register_fake(names[0], _fake_forward(fake_forward), lib=library)
     torch.library.register_fake(names[1], fake_backward, lib=library)
-    torch.library.register_autograd(names[0], _backward, setup_context=_setup_context, lib=library)
+    forward_op, backward_op = (
+        getattr(torch.ops.cce, f"sparse_ce_{half}").default for half in ("forward", "backward")
+    )
+    formula = _make_backward(backward_op)
+    torch.library.register_autograd(names[0], formula, setup_context=_setup_context, lib=library)
     torch.library.register_autograd(
         names[1], refuse_double, setup_context=lambda ctx, inputs, output: None, lib=library
     )
+    library.impl(
+        "sparse_ce_forward", eager.with_autocast(forward_op, "cuda"), eager.AUTOCAST_KEYS["cuda"]
+    )
+    eager.register("sparse_ce", _forward_cuda, _setup_context, formula)

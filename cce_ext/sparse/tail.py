@@ -1,8 +1,8 @@
 """The tail of the sparse gradient: what the entries below the threshold are taken to be.
 
 Row n spreads its dropped mass M[n, g] over vocabulary group g as ŵ[k, ·], the shape of its class k.
-Everything here is ordinary PyTorch on small or medium arrays, the same on a CPU in float64 and on a
-GPU, and nothing waits for the device.
+Everything here is ordinary PyTorch in any precision. On a GPU the same steps are a few kernels
+(csrc/cuda/sparse/rows.cu and tail.cu).
 """
 
 from __future__ import annotations
@@ -19,15 +19,11 @@ CLASSES = 8
 #: rows whose logits are computed again to learn the shapes
 SAMPLE = 256
 #: share of all classes' sum in each class's shape, so that no id that anybody gives mass is at zero
-_SHARED = 1e-3
+SHARED = 1e-3
 #: share of the probability mass that may be dropped; flatter calls take the exact path
 FLAT = 0.10
 # Rows that drop less than this have no tail worth a sample, and 1 / mass would not be finite.
 _NOTHING = 1e-30
-# Groups at a time where a gradient is wider than its factors.
-_STRETCH = 8
-# What shapes are multiplied by in float16, whose numbers end at 6e-8: they are about 1 / GROUP.
-_LIFT = 64.0
 
 
 def groups(vocab: int) -> int:
@@ -108,7 +104,7 @@ def shapes(weights: Tensor) -> Tensor:
     """ŵ (K, V) of the classes' summed tails (K, V): mixed with their total, then normalised inside
     each group; a group in which nobody has any mass is uniform."""
     vocab = weights.shape[1]
-    mixed = weights + _SHARED * weights.sum(0)
+    mixed = weights + SHARED * weights.sum(0)
     count = groups(vocab)
     whole = torch.nn.functional.pad(mixed, (0, count * GROUP - vocab)).unflatten(1, (count, GROUP))
     total = whole.sum(2, keepdim=True)
@@ -132,85 +128,6 @@ def dense(tail: Spread) -> Tensor:
     mass = tail.mass.repeat_interleave(GROUP, 1)[:, : tail.shape.shape[1]]
     result = mass * tail.shape[tail.classes]
     return result if tail.uniform is None else result + tail.uniform[:, None]
-
-
-def _factors(tail: Spread, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor | float]:
-    """mass (N, K, G), shape (K, V) and a unit: tail[n, j] = Σ_k mass[n, k, group(j)] shape[k, j]
-    unit, the factors in ``dtype``. What label smoothing adds is one more class."""
-    n, g = tail.mass.shape
-    k = tail.shape.shape[0]
-    mass, shape, uniform, unit = tail.mass, tail.shape, tail.uniform, 1.0
-    if uniform is not None:
-        uniform = uniform * GROUP
-        shape = torch.cat([shape, shape.new_full((1, shape.shape[1]), 1 / GROUP)])
-    if dtype == torch.float16:
-        top = mass.abs().amax()
-        top = top if uniform is None else torch.maximum(top, uniform.abs().amax())
-        top = top.clamp(min=torch.finfo(mass.dtype).tiny)
-        mass, uniform = mass / top, None if uniform is None else uniform / top
-        shape, unit = shape * _LIFT, top / _LIFT
-    by_class = mass.new_empty(n, shape.shape[0], g, dtype=dtype)
-    member = one_hot(tail.classes, k, dtype)
-    torch.mul(mass.to(dtype)[:, None], member[:, :, None], out=by_class[:, :k])
-    if uniform is not None:
-        by_class[:, k] = uniform.to(dtype)[:, None]
-    return by_class, shape.to(dtype), unit
-
-
-class Dense(NamedTuple):
-    """Kept entries of the hot ids: gradients by the products are values * unit."""
-
-    values: Tensor  # (N, H), 16-bit
-    unit: Tensor  # (1,) float32
-    ids: Tensor  # (H,)
-
-
-def row_gradient(tail: Spread, dense: Dense, weight: Tensor) -> Tensor:
-    """(N, width): what tail and hot ids add to the gradients by rows, Σ_j g[n, j] weight[j]; weight
-    (V, width)."""
-    mass, shape, unit = _factors(tail, weight.dtype)
-    whole = weight.shape[0] // GROUP
-    parts = []
-    if whole:
-        grouped = shape[:, : whole * GROUP].unflatten(1, (whole, GROUP)).transpose(0, 1)
-        parts.append(torch.bmm(grouped, weight[: whole * GROUP].unflatten(0, (whole, GROUP))))
-    if weight.shape[0] % GROUP:
-        parts.append((shape[:, whole * GROUP :] @ weight[whole * GROUP :])[None])
-    centers = torch.cat(parts).transpose(0, 1).flatten(0, 1)  # (K G, width)
-    hot = weight[dense.ids]
-    if weight.dtype == torch.bfloat16:  # needs no units: one product, rounded once
-        return torch.cat([mass.flatten(1), dense.values], 1) @ torch.cat([centers, hot])
-    total = wide_mm(mass.flatten(1), centers) * unit
-    return (total + wide_mm(dense.values, hot) * dense.unit).to(weight.dtype)
-
-
-def column_gradient(tail: Spread, dense: Dense, hidden: Tensor, out: Tensor) -> None:
-    """out (V, width) = what tail and hot ids add to the gradients by columns, Σ_n g[n, j]
-    hidden[n]; hidden (N, width). out may be wider than hidden."""
-    mass, shape, unit = _factors(tail, hidden.dtype)
-    k, g = mass.shape[1:]
-    centers = (wide_mm(mass.flatten(1).T, hidden) * unit).to(hidden.dtype)
-    centers = centers.unflatten(0, (k, g)).transpose(0, 1)  # (G, K, width)
-    del mass  # the gradients exist by now: this is where memory is at its highest
-    vocab = out.shape[0]
-    whole = vocab // GROUP
-    # A wider output goes through a stretch of groups at a time, not through a second array of its size.
-    step = max(whole, 1) if out.dtype == hidden.dtype else _STRETCH
-    for first in range(0, whole, step):
-        last = min(first + step, whole)
-        ids = slice(first * GROUP, last * GROUP)
-        grouped = shape[:, ids].T.unflatten(0, (last - first, GROUP))
-        to = out[ids].unflatten(0, (last - first, GROUP))
-        if out.dtype == hidden.dtype:
-            torch.bmm(grouped, centers[first:last], out=to)
-        else:
-            to.copy_(torch.bmm(grouped, centers[first:last]))
-    if vocab % GROUP:
-        out[whole * GROUP :] = shape[:, whole * GROUP :].T @ centers[-1]
-    del shape, centers
-    hot = wide_mm(dense.values.T, hidden).mul_(dense.unit)
-    hot += out[dense.ids]
-    out[dense.ids] = hot.to(out.dtype)
 
 
 def column_sum(tail: Spread) -> Tensor:

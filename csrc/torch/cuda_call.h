@@ -44,6 +44,14 @@ inline uint8_t* u8(const Tensor& t, const char* name) {
   return data<uint8_t>(t, ScalarType::Byte, name);
 }
 
+// Zeros of four bytes each on PyTorch's current stream; a fill by PyTorch's own op takes the host three times as long.
+inline Tensor zeroed(const Tensor& like, int64_t size, ScalarType dtype) {
+  Tensor t = empty(like, {size}, dtype);
+  if (size > 0)
+    check_cuda(cudaMemsetAsync(t.mutable_data_ptr(), 0, 4 * size, stream_of(like)), "zeros");
+  return t;
+}
+
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 inline cuda::Dtype kernel_dtype(const Tensor& e) {
@@ -94,7 +102,8 @@ struct Order {
   Tensor rows, count;
 
   Order(const Inputs& in, cudaStream_t stream)
-      : rows(empty(in.e, {in.n}, ScalarType::Int)), count(zeros(in.e, {1}, ScalarType::Int)) {
+      : rows(empty(in.e, {in.n}, ScalarType::Int)),
+        count(in.n == 0 ? zeroed(in.e, 1, ScalarType::Int) : empty(in.e, {1}, ScalarType::Int)) {
     if (in.n == 0) return;
     const size_t bytes = cuda::order_rows_workspace(in.n);
     Tensor workspace = empty(in.e, {static_cast<int64_t>(bytes)}, ScalarType::Byte);
@@ -223,7 +232,7 @@ inline void fill_partials(const Inputs& in, const cuda::Backend& backend, const 
 
 inline Tensor gather_target_logits(const Inputs& in, const Order& order, const Tensor& bias,
                                    cudaStream_t stream) {
-  Tensor result = zeros(in.e, {in.n}, ScalarType::Float);
+  Tensor result = empty(in.e, {in.n}, ScalarType::Float);
   // The gather reads a few rows of B only, but in the head's dtype, as the mainloop does.
   const Tensor b = in.lora_b ? cast(*in.lora_b, in.e.scalar_type()) : Tensor();
   cuda::TargetLogitParams p;
@@ -251,6 +260,40 @@ inline const float* fp32_vector(const std::optional<Tensor>& t, const char* name
   STD_TORCH_CHECK(t->scalar_type() == ScalarType::Float && t->is_contiguous(), name,
                   " must be float32 and contiguous");
   return static_cast<const float*>(t->const_data_ptr());
+}
+
+// Room for the records of some rows.
+inline Tensor empty_records(const Tensor& like, int64_t count) {
+  constexpr auto kNumbers = static_cast<int64_t>(sizeof(cuda::RowGradient) / sizeof(int32_t));
+  return empty(like, {count, kNumbers}, ScalarType::Int);
+}
+
+// cuda::RowGradient of the rows in the order.
+inline Tensor row_records(const std::optional<Tensor>& dnll, const std::optional<Tensor>& dlse,
+                          const Tensor& lse, const Tensor& targets, const Tensor& row_order,
+                          const Tensor& row_count, int64_t shard_size,
+                          const core::LossOptions& options) {
+  cuda::RowGradientParams p;
+  p.dnll = fp32_vector(dnll, "dnll");
+  p.dlse = fp32_vector(dlse, "dlse");
+  p.lse = fp32_vector(lse, "lse");
+  p.targets = i64(targets, "targets");
+  p.order = {row_order.const_data_ptr<int32_t>(), row_count.const_data_ptr<int32_t>()};
+  p.n = row_order.size(0);
+  p.shard_size = shard_size;
+  p.options = options;
+  const Tensor out = empty_records(lse, p.n);
+  p.out = static_cast<cuda::RowGradient*>(out.mutable_data_ptr());
+  check_cuda(cuda::row_gradients(p, stream_of(lse)), "row_gradients");
+  return out;
+}
+
+// Whether out is float beside a 16-bit other.
+inline bool is_fp32_beside(const Tensor& out, const Tensor& other, const char* name) {
+  if (out.scalar_type() == ScalarType::Float) return true;
+  STD_TORCH_CHECK(out.scalar_type() == other.scalar_type(), name,
+                  " must be float32 or of the inputs' dtype");
+  return false;
 }
 
 inline void check_readable(const Tensor& t, const Tensor& e, const char* name) {

@@ -62,26 +62,42 @@ STABLE_TORCH_LIBRARY(cce, m) {
       "(Tensor rows, Tensor ids, Tensor sorted_logits, Tensor order, Tensor row_first, "
       "Tensor row_hot, Tensor column_first, Tensor mass, Tensor exact_rows)");
   // backward_shares: upstream weights, dropped masses, T. backward_sample_: by T, which rows go the exact way (their weights
-  // become zero), their share, dnll as it was, and the rows whose tails stand for all, with weights.
+  // become zero), their share, dnll as it was, and the rows whose tails stand for all, with weights; the exact rows' list;
+  // what float16 factors are divided by (units).
   m.def(
       "backward_shares(Tensor? dnll, Tensor? dlse, Tensor targets, Tensor mass, Tensor listed, "
       "int ignore_index) -> (Tensor a, Tensor d, Tensor row_mass, Tensor share)");
   m.def(
       "backward_sample_(Tensor(a!) a, Tensor(b!) d, Tensor row_mass, Tensor share, Tensor targets, "
-      "Tensor listed, int ignore_index, float flat, int sample) -> (Tensor exact, "
-      "Tensor exact_share, Tensor d_all, Tensor rows, Tensor weight)");
+      "Tensor listed, int ignore_index, float flat, int sample, float unit_scale, "
+      "float unit_uniform) -> (Tensor exact, Tensor exact_share, Tensor d_all, Tensor rows, "
+      "Tensor weight, Tensor order, Tensor count, Tensor units)");
+  // tail_rows: the sampled rows as inputs of dlogits_. tail_classes: the rows' factors of the products with tails and hot
+  // ids, their classes, and which sampled rows are of which. tail_shapes: by id, of like's dtype. add_rows_: out[ids] +=
+  // product * unit; like: of the inputs' dtype.
   m.def(
-      "entry_weights(Tensor count, Tensor rows, Tensor ids, Tensor logits, Tensor a, Tensor d, "
+      "tail_rows(Tensor rows, Tensor weight, float lift, Tensor e, Tensor? u, Tensor lse, "
+      "Tensor targets, float label_smoothing, int ignore_index, int shard_size, int vocab_start, "
+      "int vocab_total) -> (Tensor e_sampled, Tensor u_sampled, Tensor row_order, "
+      "Tensor row_count, Tensor row_gradients)");
+  m.def(
+      "tail_classes(Tensor scores, Tensor e, Tensor a, Tensor d, Tensor mass, Tensor rows, "
+      "Tensor units, int hot, float scale, float? uniform) -> (Tensor factors, Tensor classes, "
+      "Tensor member)");
+  m.def("tail_shapes(Tensor sums, Tensor like, float shared, bool smoothing) -> Tensor");
+  m.def("add_rows_(Tensor(a!) out, Tensor ids, Tensor product, Tensor unit, Tensor like) -> ()");
+  m.def(
+      "entry_weights(Tensor row_first, Tensor rows, Tensor ids, Tensor logits, Tensor a, Tensor d, "
       "Tensor lse, Tensor targets, float softcap, float logit_scale, float label_smoothing, "
       "int vocab_start, Tensor slots, Tensor(a!) dense, Tensor unit) -> Tensor");
   m.def(
-      "gather_(Tensor(a!) out, Tensor source, Tensor first, Tensor last, Tensor items, "
-      "Tensor weights, "
-      "Tensor? order, Tensor? out_rows, Tensor(b!)? sums) -> ()");
+      "gather_(Tensor(a!) out, Tensor source, Tensor first, Tensor? last, Tensor? slots, "
+      "Tensor items, Tensor weights, Tensor? order, Tensor? out_rows, Tensor(b!)? sums) -> ()");
   // The exact gradients of the rows in the order: their rows of de and du are overwritten, dc, dbias and dlora_b added to.
   m.def(
       "exact_rows_(Tensor(a!)? de, Tensor(b!)? dc, Tensor(c!)? dbias, Tensor(d!)? du, "
       "Tensor(e!)? dlora_b, Tensor e, Tensor c, Tensor? bias, Tensor? u, Tensor? lora_b, "
-      "Tensor row_order, Tensor row_count, Tensor row_gradients, float softcap, "
-      "float logit_scale, float label_smoothing) -> ()");
+      "Tensor row_order, Tensor row_count, Tensor? dnll, Tensor? dlse, Tensor lse, "
+      "Tensor targets, int ignore_index, float softcap, float logit_scale, "
+      "float label_smoothing, int vocab_start, int vocab_total) -> ()");
 }

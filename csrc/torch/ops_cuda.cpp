@@ -41,23 +41,8 @@ Tensor row_gradients_cuda(std::optional<Tensor> dnll, std::optional<Tensor> dlse
                           double label_smoothing, int64_t ignore_index, int64_t shard_size,
                           int64_t vocab_start, int64_t vocab_total) {
   const torch::stable::accelerator::DeviceGuard guard(lse.get_device_index());
-  STD_TORCH_CHECK(targets.scalar_type() == ScalarType::Long && targets.is_contiguous(),
-                  "targets must be int64 and contiguous");
-  const int64_t n = row_order.size(0);
-  Tensor out = empty(lse, {n, static_cast<int64_t>(sizeof(cuda::RowGradient) / sizeof(int32_t))},
-                     ScalarType::Int);
-  cuda::RowGradientParams p;
-  p.dnll = fp32_vector(dnll, "dnll");
-  p.dlse = fp32_vector(dlse, "dlse");
-  p.lse = fp32_vector(lse, "lse");
-  p.targets = targets.const_data_ptr<int64_t>();
-  p.order = {row_order.const_data_ptr<int32_t>(), row_count.const_data_ptr<int32_t>()};
-  p.n = n;
-  p.shard_size = shard_size;
-  p.options = {0.0, 1.0, label_smoothing, ignore_index, vocab_start, vocab_total};
-  p.out = static_cast<cuda::RowGradient*>(out.mutable_data_ptr());
-  check_cuda(cuda::row_gradients(p, current_stream(lse.get_device_index())), "row_gradients");
-  return out;
+  return row_records(dnll, dlse, lse, targets, row_order, row_count, shard_size,
+                     {0.0, 1.0, label_smoothing, ignore_index, vocab_start, vocab_total});
 }
 
 int64_t column_tile_cuda(Tensor like) {

@@ -24,7 +24,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward_shares_cuda(std::optional<Te
                                                                 int64_t ignore_index) {
   const Guard guard(targets.get_device_index());
   cuda::BackwardRowsParams p = backward_rows(targets, listed, ignore_index);
-  p.dnll = fp32_vector(dnll, "dnll");
+  if (dnll) {  // of a mean: one number for all rows
+    STD_TORCH_CHECK(dnll->scalar_type() == ScalarType::Float, "dnll must be float32");
+    p.dnll = static_cast<const float*>(dnll->const_data_ptr());
+    p.dnll_stride = dnll->stride(0);
+  }
   p.dlse = fp32_vector(dlse, "dlse");
   p.mass = f32(mass, "mass");
   p.groups = static_cast<int>(mass.size(1));
@@ -39,9 +43,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward_shares_cuda(std::optional<Te
   return {a, d, row_mass, share};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward_sample_cuda(
-    Tensor a, Tensor d, Tensor row_mass, Tensor share, Tensor targets, Tensor listed,
-    int64_t ignore_index, double flat, int64_t sample) {
+using BackwardSample = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+BackwardSample backward_sample_cuda(Tensor a, Tensor d, Tensor row_mass, Tensor share,
+                                    Tensor targets, Tensor listed, int64_t ignore_index,
+                                    double flat, int64_t sample, double unit_scale,
+                                    double unit_uniform) {
   const Guard guard(targets.get_device_index());
   cuda::BackwardRowsParams p = backward_rows(targets, listed, ignore_index);
   p.a = f32(a, "a");
@@ -50,29 +57,37 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward_sample_cuda(
   p.share = f32(share, "share");
   p.flat = static_cast<float>(flat);
   p.sample = static_cast<int>(sample);
+  p.unit_scale = static_cast<float>(unit_scale);
+  p.unit_uniform = static_cast<float>(unit_uniform);
   const Tensor exact = empty(targets, {p.n}, ScalarType::Bool);
   const Tensor exact_share = empty(targets, {1}, ScalarType::Float);
   const Tensor d_all = empty(targets, {p.n}, ScalarType::Float);
   const Tensor weight = empty(targets, {p.n}, ScalarType::Float);
   const Tensor rows = empty(targets, {sample}, ScalarType::Long);
   const Tensor cumulated = empty(targets, {p.n}, ScalarType::Long);
+  const Tensor order = empty(targets, {p.n}, ScalarType::Int);
+  const Tensor count = empty(targets, {1}, ScalarType::Int);
+  const Tensor units = empty(targets, {3}, ScalarType::Float);
   p.exact = static_cast<uint8_t*>(exact.mutable_data_ptr());
   p.exact_share = floats(exact_share);
   p.d_all = floats(d_all);
   p.weight = floats(weight);
   p.rows = i64(rows, "rows");
   p.cumulated = i64(cumulated, "cumulated");
+  p.order = i32(order, "order");
+  p.count = i32(count, "count");
+  p.units = floats(units);
   check_cuda(cuda::backward_sample(p, stream_of(targets)), "backward_sample");
-  return {exact, exact_share, d_all, rows, weight};
+  return {exact, exact_share, d_all, rows, weight, order, count, units};
 }
 
-Tensor entry_weights_cuda(Tensor count, Tensor rows, Tensor ids, Tensor logits, Tensor a, Tensor d,
-                          Tensor lse, Tensor targets, double softcap, double logit_scale,
+Tensor entry_weights_cuda(Tensor row_first, Tensor rows, Tensor ids, Tensor logits, Tensor a,
+                          Tensor d, Tensor lse, Tensor targets, double softcap, double logit_scale,
                           double label_smoothing, int64_t vocab_start, Tensor slots, Tensor dense,
                           Tensor unit) {
   const Guard guard(lse.get_device_index());
   cuda::WeightParams p;
-  p.count = i32(count, "count");
+  p.count = i32(row_first, "row_first") + row_first.size(0) - 1;
   p.rows = i32(rows, "rows");
   p.ids = i32(ids, "ids");
   p.logits = f32(logits, "logits");
@@ -88,7 +103,7 @@ Tensor entry_weights_cuda(Tensor count, Tensor rows, Tensor ids, Tensor logits, 
   p.slots = i32(slots, "slots");
   p.dtype = kernel_dtype(dense);
   p.dense = dense.mutable_data_ptr();
-  p.hot = dense.size(1);
+  p.ld = dense.stride(0);
   p.unit = f32(unit, "unit");
   Tensor weights = empty(lse, {p.capacity}, ScalarType::Float);
   p.weights = floats(weights);
@@ -96,15 +111,8 @@ Tensor entry_weights_cuda(Tensor count, Tensor rows, Tensor ids, Tensor logits, 
   return weights;
 }
 
-// Whether out is float beside a 16-bit other.
-bool is_fp32_beside(const Tensor& out, const Tensor& other, const char* name) {
-  if (out.scalar_type() == ScalarType::Float) return true;
-  STD_TORCH_CHECK(out.scalar_type() == other.scalar_type(), name,
-                  " must be float32 or of the inputs' dtype");
-  return false;
-}
-
-void gather_cuda(Tensor out, Tensor source, Tensor first, Tensor last, Tensor items, Tensor weights,
+void gather_cuda(Tensor out, Tensor source, Tensor first, std::optional<Tensor> last,
+                 std::optional<Tensor> slots, Tensor items, Tensor weights,
                  std::optional<Tensor> order, std::optional<Tensor> out_rows,
                  std::optional<Tensor> sums) {
   const Guard guard(out.get_device_index());
@@ -119,20 +127,22 @@ void gather_cuda(Tensor out, Tensor source, Tensor first, Tensor last, Tensor it
   p.out_fp32 = is_fp32_beside(out, source, "out");
   p.width = static_cast<int>(source.size(1));
   p.first = i32(first, "first");
-  p.last = i32(last, "last");
+  if (last) p.last = i32(*last, "last");
+  if (slots) p.slots = i32(*slots, "slots");
   p.items = i32(items, "items");
   p.weights = f32(weights, "weights");
   if (order) p.order = i32(*order, "order");
   if (out_rows) p.out_rows = i32(*out_rows, "out_rows");
   if (sums) p.sums = f32(*sums, "sums");
-  p.segments = first.size(0);
+  p.segments = first.size(0) - 1;
   p.partition_bytes = cuda::gather_workspace(p.segments);
-  Tensor work = empty(out, {3, p.segments}, ScalarType::Int);
-  Tensor work_counts = empty(out, {2}, ScalarType::Int);
-  Tensor partition = empty(out, {static_cast<int64_t>(p.partition_bytes)}, ScalarType::Byte);
-  p.work = i32(work, "work");
-  p.work_counts = i32(work_counts, "work_counts");
-  p.partition = partition.mutable_data_ptr();
+  // One piece of memory: two counts, three lists, CUB's.
+  const int64_t counts = 64, lists = ceil_div(3 * p.segments, 64) * 64;
+  const auto partition = ceil_div(static_cast<int64_t>(p.partition_bytes), 4);
+  const Tensor workspace = empty(out, {counts + lists + partition}, ScalarType::Int);
+  p.work_counts = i32(workspace, "workspace");
+  p.work = p.work_counts + counts;
+  p.partition = p.work + lists;
   check_cuda(cuda::gather_rows(p, stream_of(out)), "gather");
 }
 
@@ -152,13 +162,18 @@ void exact_rows_cuda(std::optional<Tensor> de, std::optional<Tensor> dc,
                      std::optional<Tensor> dbias, std::optional<Tensor> du,
                      std::optional<Tensor> dlora_b, Tensor e, Tensor c, std::optional<Tensor> bias,
                      std::optional<Tensor> u, std::optional<Tensor> lora_b, Tensor row_order,
-                     Tensor row_count, Tensor row_gradients, double softcap, double logit_scale,
-                     double label_smoothing) {
+                     Tensor row_count, std::optional<Tensor> dnll, std::optional<Tensor> dlse,
+                     Tensor lse, Tensor targets, int64_t ignore_index, double softcap,
+                     double logit_scale, double label_smoothing, int64_t vocab_start,
+                     int64_t vocab_total) {
   const Guard guard(e.get_device_index());
   cuda::ExactRowsParams p;
   p.head = readable_head(e, c, bias, u, lora_b, row_order, row_count, softcap, logit_scale,
                          label_smoothing);
-  p.rows = static_cast<const cuda::RowGradient*>(row_gradients.const_data_ptr());
+  const Tensor records =
+      row_records(dnll, dlse, lse, targets, row_order, row_count, c.size(0),
+                  {softcap, logit_scale, label_smoothing, ignore_index, vocab_start, vocab_total});
+  p.rows = static_cast<const cuda::RowGradient*>(records.const_data_ptr());
   p.n = row_order.size(0);
   p.de = gradient(de, e, "de");
   p.dc = gradient(dc, e, "dc");

@@ -92,7 +92,7 @@ TrainingResult training_forward_cuda(Tensor e, Tensor c, Tensor targets, std::op
   const PartialBuffers partials(in, chosen, metrics, true);
   const int64_t blocks = ceil_div(in.n, cuda::kRowBlock);
   const Tensor pool = empty(in.e, {blocks, capacity, 2}, ScalarType::Int);
-  const Tensor counts = zeros(in.e, {blocks}, ScalarType::Int);
+  const Tensor counts = zeroed(in.e, blocks, ScalarType::Int);
   cuda::Candidates candidates;
   candidates.bound2 = f32(bound2, "bound2");
   candidates.log2_eps = static_cast<float>(std::log2(eps));
@@ -146,7 +146,7 @@ Tensor dropped_mass(Tensor max_sum, Tensor capped, Tensor first, Tensor hot, Ten
     STD_TORCH_CHECK(++p.splits_per_group <= kGroupCols,
                     "max_sum does not belong to this vocabulary");
   }
-  Tensor mass = zeros(lse, {p.n, p.groups}, ScalarType::Float);
+  Tensor mass = empty(lse, {p.n, p.groups}, ScalarType::Float);
   p.partials.max_sum = reinterpret_cast<float2*>(f32(max_sum, "max_sum"));
   if (capped.size(0) > 0) p.partials.capped = f32(capped, "capped");
   p.first = i32(first, "first");
@@ -207,7 +207,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> select_kept_cuda(
                   ignore_index, shard_size, vocab_start, vocab_total);
   const Tensor kept = empty(lse, {blocks, cuda::kKeepParts}, ScalarType::Int);
   const Tensor exact = empty(lse, {blocks}, ScalarType::Byte);
-  const Tensor column_counts = zeros(lse, {shard_size}, ScalarType::Int);
+  const Tensor column_counts = zeroed(lse, shard_size, ScalarType::Int);
   keep.kept = i32(kept, "kept");
   keep.exact = u8(exact, "exact");
   keep.column_counts = i32(column_counts, "column_counts");
@@ -231,7 +231,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> select_kept_cuda(
   // no id is all ones.
   const auto [hot_ids, slots] = choose_hot(column_counts, n, hot, stream);
   const Tensor keys = empty(lse, {capacity}, ScalarType::Long);
-  const Tensor logits = zeros(lse, {capacity}, ScalarType::Float);
+  const Tensor logits = zeroed(lse, capacity, ScalarType::Float);
   check_cuda(cudaMemsetAsync(i64(keys, "keys"), 0xff, 8 * capacity, stream), "keys");
   keep.first = place.first;
   keep.slots = i32(slots, "slots");

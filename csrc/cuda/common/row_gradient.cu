@@ -1,7 +1,5 @@
 // One thread a row: upstream gradients, lse and target gathered into the record that the backward's epilogue reads.
-#include "core/loss_math.h"
-#include "cuda/common/epilogue.cuh"
-#include "cuda/common/rows.h"
+#include "cuda/common/row_gradient.cuh"
 
 namespace cce::cuda {
 namespace {
@@ -15,18 +13,8 @@ __global__ void __launch_bounds__(kThreads)
   RowGradient out;
   if (position < *p.order.count) {
     const int64_t row = p.order.rows[position];
-    const auto grad =
-        core::row_grad(p.dnll ? p.dnll[row] : 0.0f, p.dlse ? p.dlse[row] : 0.0f,
-                       static_cast<float>(p.options.label_smoothing),
-                       static_cast<float>(1.0 / static_cast<double>(p.options.vocab_total)));
-    out.a = grad.a;
-    out.uniform = grad.uniform;
-    out.target_weight = grad.target;
-    out.lse2 = p.lse[row] * kLog2E;
-    out.row = static_cast<int32_t>(row);
-    if (core::classify_target(p.targets[row], p.shard_size, p.options) == core::TargetKind::kHere) {
-      out.target = static_cast<int32_t>(p.targets[row] - p.options.vocab_start);
-    }
+    out = make_row_gradient(row, p.dnll ? p.dnll[row] : 0.0f, p.dlse ? p.dlse[row] : 0.0f,
+                            p.lse[row], p.targets[row], p.shard_size, p.options);
   }
   p.out[position] = out;
 }

@@ -4,13 +4,12 @@
 // loop, so that the part of `source` in use stays in the second-level cache. Light segments (up to 64 entries): one warp
 // an item. Heavy ones: the eight warps of a block take every eighth batch of eight entries, and warp 0 adds up their sums, in order, from
 // shared memory. Segments without entries are not visited. Persistent blocks; lists of both kinds are made by CUB.
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
 #include <thrust/iterator/counting_iterator.h>
 
 #include <algorithm>
 #include <cub/device/device_partition.cuh>
 
+#include "cuda/common/convert.cuh"
 #include "cuda/device_info.h"
 #include "cuda/sparse/lists.h"
 
@@ -23,32 +22,29 @@ constexpr int kHeavy = 64;    // entries of a light segment at most
 constexpr int kInFlight = 8;  // rows under way at a time
 constexpr int kBlocksPerProcessor = 4;
 
-struct IsHeavy {
-  const int32_t *first, *last;
-  __device__ bool operator()(int32_t s) const { return last[s] - first[s] > kHeavy; }
-};
-struct IsLight {
-  const int32_t *first, *last;
-  __device__ bool operator()(int32_t s) const { return last[s] > first[s]; }
+// Where a segment's entries end: at `last`, or where the next one's start; hot ids have none.
+struct Segments {
+  const int32_t *first, *last, *slots;
+
+  __host__ __device__ explicit Segments(const GatherParams& p)
+      : first(p.first), last(p.last), slots(p.slots) {}
+  __device__ __forceinline__ int begin(int32_t s) const { return first[s]; }
+  __device__ __forceinline__ int end(int32_t s) const {
+    if (last) return last[s];
+    return slots && slots[s] >= 0 ? first[s] : first[s + 1];
+  }
 };
 
-__device__ __forceinline__ float widen(__nv_bfloat16 x) { return __bfloat162float(x); }
-__device__ __forceinline__ float widen(__half x) { return __half2float(x); }
-__device__ __forceinline__ float widen(float x) { return x; }
-template <typename T>
-__device__ __forceinline__ T narrow(float x);
-template <>
-__device__ __forceinline__ float narrow<float>(float x) {
-  return x;
-}
-template <>
-__device__ __forceinline__ __nv_bfloat16 narrow<__nv_bfloat16>(float x) {
-  return __float2bfloat16_rn(x);
-}
-template <>
-__device__ __forceinline__ __half narrow<__half>(float x) {
-  return __float2half_rn(x);
-}
+struct IsHeavy {
+  Segments segments;
+  __device__ bool operator()(int32_t s) const {
+    return segments.end(s) - segments.begin(s) > kHeavy;
+  }
+};
+struct IsLight {
+  Segments segments;
+  __device__ bool operator()(int32_t s) const { return segments.end(s) > segments.begin(s); }
+};
 
 // Eight neighbouring columns of a row; kVector: by 16-byte accesses.
 template <typename T, bool kVector>
@@ -150,6 +146,7 @@ __device__ __forceinline__ void add_to_output(const GatherParams& p, int segment
 
 template <typename T, typename Out, bool kVector>
 __global__ void __launch_bounds__(kThreads) light_kernel(const __grid_constant__ GatherParams p) {
+  const Segments spans(p);
   const int segments = p.work_counts[1], slices = (p.width + kSlice - 1) / kSlice;
   const int32_t* list = p.work + p.segments;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
@@ -159,7 +156,8 @@ __global__ void __launch_bounds__(kThreads) light_kernel(const __grid_constant__
     const int slice = static_cast<int>(i / segments), segment = list[i % segments];
     const int col = slice * kSlice + lane * kPerLane;
     float sum[kPerLane] = {};
-    const float total = add_entries<T, kVector>(p, p.first[segment], p.last[segment], 1, col, sum);
+    const float total =
+        add_entries<T, kVector>(p, spans.begin(segment), spans.end(segment), 1, col, sum);
     add_to_output<Out, kVector>(p, segment, col, sum, total);
   }
 }
@@ -168,6 +166,7 @@ template <typename T, typename Out, bool kVector>
 __global__ void __launch_bounds__(kThreads) heavy_kernel(const __grid_constant__ GatherParams p) {
   __shared__ float sums[kWarps][kSlice];
   __shared__ float totals[kWarps];
+  const Segments spans(p);
   const int segments = p.work_counts[0], slices = (p.width + kSlice - 1) / kSlice;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int64_t items = static_cast<int64_t>(segments) * slices;
@@ -175,8 +174,8 @@ __global__ void __launch_bounds__(kThreads) heavy_kernel(const __grid_constant__
     const int slice = static_cast<int>(i / segments), segment = p.work[i % segments];
     const int col = slice * kSlice + lane * kPerLane;
     float sum[kPerLane] = {};
-    const float total = add_entries<T, kVector>(p, p.first[segment] + warp * kInFlight,
-                                                p.last[segment], kWarps, col, sum);
+    const float total = add_entries<T, kVector>(p, spans.begin(segment) + warp * kInFlight,
+                                                spans.end(segment), kWarps, col, sum);
 #pragma unroll
     for (int j = 0; j < kPerLane; ++j) sums[warp][j * 32 + lane] = sum[j];
     if (lane == 0) totals[warp] = total;
@@ -198,8 +197,8 @@ __global__ void __launch_bounds__(kThreads) heavy_kernel(const __grid_constant__
 cudaError_t partition(const GatherParams& p, void* workspace, size_t& bytes, cudaStream_t stream) {
   return cub::DevicePartition::If(workspace, bytes, thrust::counting_iterator<int32_t>(0), p.work,
                                   p.work + p.segments, p.work + 2 * p.segments, p.work_counts,
-                                  static_cast<int>(p.segments), IsHeavy{p.first, p.last},
-                                  IsLight{p.first, p.last}, stream);
+                                  static_cast<int>(p.segments), IsHeavy{Segments(p)},
+                                  IsLight{Segments(p)}, stream);
 }
 
 template <typename T, typename Out, bool kVector>

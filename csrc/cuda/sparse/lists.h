@@ -136,8 +136,7 @@ struct MassParams {
   int64_t n = 0;
   int groups = 0;
   core::LossOptions options;
-  float* mass =
-      nullptr;  // (N, groups) by row, must be zero: Σ p softcap' of the group's dropped entries
+  float* mass = nullptr;  // (N, groups) by row: Σ p softcap' of the group's dropped entries
 };
 
 cudaError_t dropped_mass(const MassParams& params, cudaStream_t stream);
@@ -145,7 +144,8 @@ cudaError_t dropped_mass(const MassParams& params, cudaStream_t stream);
 // ---- backward ----
 
 struct BackwardRowsParams {
-  const float* dnll = nullptr;  // (N,) or null: 0
+  const float* dnll = nullptr;  // (N,), dnll_stride apart, or null: 0
+  int64_t dnll_stride = 1;
   const float* dlse = nullptr;  // (N,) or null: 0
   const int64_t* targets = nullptr;
   const float* mass = nullptr;      // (N, groups)
@@ -163,8 +163,14 @@ struct BackwardRowsParams {
   uint8_t* exact = nullptr;      // (N,)
   float* exact_share = nullptr;  // (1,): of the rows that count
   int64_t* cumulated = nullptr;  // (N,): workspace
-  int64_t* rows = nullptr;       // (sample,): at equal steps of the cumulated |a| mass
-  float* weight = nullptr;       // (N,): what each row's tail counts in a sum of samples
+  int32_t* order = nullptr;      // (N,): exact rows first, ascending, the others after them
+  int32_t* count = nullptr;      // (1,): exact rows
+  // Units of 16-bit factors (3,): of weights of kept entries, of mass * a, of products with shapes.
+  float* units = nullptr;
+  float unit_scale = 0.0f;    // |logit scale|; 0: bf16, all units are 1
+  float unit_uniform = 0.0f;  // what a group's share of label smoothing is to |d|
+  int64_t* rows = nullptr;    // (sample,): at equal steps of the cumulated |a| mass
+  float* weight = nullptr;    // (N,): what each row's tail counts in a sum of samples
 };
 
 cudaError_t backward_shares(const BackwardRowsParams& params, cudaStream_t stream);
@@ -183,11 +189,11 @@ struct WeightParams {
   core::LossOptions options;
   float* weights =
       nullptr;  // (capacity,): dloss/dproduct without the uniform part of label smoothing
-  // Weights of hot ids, divided by *unit, go into a dense matrix too; it must be zero.
+  // Weights of hot ids, divided by *unit, go into a dense matrix too; it must be zero there.
   Dtype dtype = Dtype::kBFloat16;
   const int32_t* slots = nullptr;  // (V,)
-  void* dense = nullptr;           // (N, hot), of the dtype
-  int64_t hot = 0;
+  void* dense = nullptr;           // (N, ld), of the dtype: a column for each slot
+  int64_t ld = 0;
   const float* unit = nullptr;  // (1,)
 };
 
@@ -202,8 +208,9 @@ struct GatherParams {
   int64_t out_ld = 0;
   bool out_fp32 = false;  // out is float instead
   int width = 0;
-  const int32_t* first = nullptr;  // (segments,): where a segment's entries start
-  const int32_t* last = nullptr;   // (segments,): where they end
+  const int32_t* first = nullptr;  // (segments + 1,): where a segment's entries start
+  const int32_t* last = nullptr;   // (segments,): where they end; null: where the next one's start
+  const int32_t* slots = nullptr;  // (segments,) or null: segments with a slot have no entries
   const int32_t* items = nullptr;  // (capacity,)
   const float* weights = nullptr;  // (capacity,)
   const int32_t* order =

@@ -57,11 +57,15 @@ __device__ void subtract_kept(const MassParams& p, int begin, int end, float* ma
 
 __global__ void __launch_bounds__(kThreads) mass_kernel(const __grid_constant__ MassParams p) {
   const int64_t position = static_cast<int64_t>(blockIdx.x) * (kThreads / 32) + threadIdx.x / 32;
-  if (position >= *p.order.count) return;
+  if (position >= p.n) return;
   const int64_t row = p.order.rows[position];
   const float lse2 = p.lse[row] * kLog2E;
   float* mass = p.mass + row * p.groups;
   const int lane = threadIdx.x % 32;
+  if (position >= *p.order.count) {  // does not count
+    for (int g = lane; g < p.groups; g += 32) mass[g] = 0.0f;
+    return;
+  }
   for (int g = lane; g < p.groups; g += 32) mass[g] = group_mass(p, position, g, lse2);
   __syncwarp();
   subtract_kept(p, p.first[position], p.hot[position], mass, lse2);
@@ -86,7 +90,7 @@ __global__ void __launch_bounds__(kThreads) weight_kernel(const __grid_constant_
   p.weights[i] = g;
   const int slot = p.slots[p.ids[i]];
   if (slot < 0) return;
-  const int64_t at = row * p.hot + slot;
+  const int64_t at = row * p.ld + slot;
   const float share = g / *p.unit;
   if (p.dtype == Dtype::kBFloat16)
     static_cast<__nv_bfloat16*>(p.dense)[at] = __float2bfloat16_rn(share);

@@ -1,10 +1,12 @@
 // What the sparse backward needs to know of the rows before it starts: upstream weights, which rows go the exact way, and the
 // rows that stand for all when the tail's shape is learnt. Sums are made in a fixed order; cce_ext/sparse/tail.py has the
 // same steps in PyTorch.
+#include <cfloat>
 #include <cub/block/block_reduce.cuh>
 #include <cub/block/block_scan.cuh>
 
 #include "cuda/sparse/lists.h"
+#include "cuda/sparse/tail.h"
 
 namespace cce::cuda {
 namespace {
@@ -27,7 +29,7 @@ __global__ void __launch_bounds__(kThreads)
   for (int d = 16; d > 0; d /= 2) mass += __shfl_xor_sync(~0u, mass, d);
   if (lane != 0) return;
   const bool counts = p.targets[row] != p.ignore_index;
-  const float d = counts && p.dnll ? p.dnll[row] : 0.0f;
+  const float d = counts && p.dnll ? p.dnll[row * p.dnll_stride] : 0.0f;
   p.d[row] = d;
   p.a[row] = d + (counts && p.dlse ? p.dlse[row] : 0.0f);
   p.row_mass[row] = mass;
@@ -63,13 +65,22 @@ struct Largest {
   __device__ float operator()(float a, float b) const { return a > b ? a : b; }
 };
 
-// By the final T: exact rows, whose weights become zero here, their share; then the sample. Each thread has a stretch of rows.
+// What 16-bit factors are divided by: in float16 by about the largest, in bfloat16 by nothing.
+__device__ void write_units(const BackwardRowsParams& p, float a, float d, float mass) {
+  const bool wanted = p.unit_scale != 0.0f;
+  p.units[0] = wanted ? (a + d) * p.unit_scale + 1e-30f : 1.0f;
+  p.units[1] = wanted ? fmaxf(fmaxf(mass * p.unit_scale, d * p.unit_uniform), FLT_MIN) : 1.0f;
+  p.units[2] = wanted ? p.units[1] / kShapeLift : 1.0f;
+}
+
+// By the final T: exact rows, whose weights become zero here, their share and list; then the sample. Each thread has a
+// stretch of rows.
 __global__ void __launch_bounds__(kBlock)
     sample_kernel(const __grid_constant__ BackwardRowsParams p) {
   using Max = cub::BlockReduce<float, kBlock>;
   using Sum = cub::BlockReduce<int, kBlock>;
-  using Scan = cub::BlockScan<int64_t, kBlock>;
-  using Count = cub::BlockScan<int, kBlock>;
+  using Scan = cub::BlockScan<int64_t, kBlock, cub::BLOCK_SCAN_WARP_SCANS>;
+  using Count = cub::BlockScan<int, kBlock, cub::BLOCK_SCAN_WARP_SCANS>;
   __shared__ union {
     typename Max::TempStorage max;
     typename Sum::TempStorage sum;
@@ -82,7 +93,7 @@ __global__ void __launch_bounds__(kBlock)
   const bool flat = !(
       *p.share <= p.flat);  // a NaN goes the exact way, which carries it to where eager's would be
   int valid = 0, exact = 0;
-  float top = 0.0f;
+  float top = 0.0f, top_a = 0.0f, top_d = 0.0f;
   for (int64_t row = begin; row < end; ++row) {
     const bool counts = p.targets[row] != p.ignore_index;
     const bool is_exact = counts && (flat || p.listed[row]);
@@ -92,22 +103,35 @@ __global__ void __launch_bounds__(kBlock)
     p.d_all[row] = p.d[row];
     if (is_exact) p.a[row] = p.d[row] = 0.0f;
     if (p.row_mass[row] > kNothing) top = fmaxf(top, fabsf(p.a[row]) * p.row_mass[row]);
+    top_a = fmaxf(top_a, fabsf(p.a[row]));
+    top_d = fmaxf(top_d, fabsf(p.d[row]));
   }
   valid = Sum(storage.sum).Sum(valid);
   __syncthreads();
-  exact = Sum(storage.sum).Sum(exact);
+  int exact_before, exact_in_all;
+  Count(storage.count).ExclusiveSum(exact, exact_before, exact_in_all);
   __syncthreads();
-  if (threadIdx.x == 0) *p.exact_share = static_cast<float>(exact) / (valid > 0 ? valid : 1);
+  top_a = Max(storage.max).Reduce(top_a, Largest());
+  __syncthreads();
+  top_d = Max(storage.max).Reduce(top_d, Largest());
+  __syncthreads();
   top = Max(storage.max).Reduce(top, Largest());
-  if (threadIdx.x == 0) top_of_all = top;
+  if (threadIdx.x == 0) {
+    *p.exact_share = static_cast<float>(exact_in_all) / (valid > 0 ? valid : 1);
+    *p.count = exact_in_all;
+    write_units(p, top_a, top_d, top);
+    top_of_all = top;
+  }
   __syncthreads();
   top = top_of_all;
   int64_t mine = 0;
   int some = 0;
+  int64_t listed = exact_before, unlisted = exact_in_all + begin - exact_before;
   for (int64_t row = begin; row < end; ++row) {
     const int64_t steps = steps_of(p, row, top);
     mine += steps;
     some += steps > 0;
+    p.order[p.exact[row] ? listed++ : unlisted++] = static_cast<int32_t>(row);
   }
   int64_t before, all;
   Scan(storage.scan).ExclusiveSum(mine, before, all);

@@ -1,0 +1,88 @@
+"""The matmuls of the sparse backward: what the tail and the kept entries of hot ids add to the
+gradients.
+
+Ordinary PyTorch on any device. Both are one product of factors: a row's factors are its weights of
+the hot ids and what it drops in each group and class; theirs are rows of the other matrix, and
+each group's mean row by the shape of each class.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from cce_ext.sparse.tail import GROUP, wide_mm
+
+# Groups at a time where a gradient is wider than its factors.
+_STRETCH = 8
+
+
+class Factors(NamedTuple):
+    """Tail and hot ids in the dtype of the matmuls. K: kinds of rows, which are the classes and,
+    with label smoothing, one more that is every row's; G groups.
+
+    tail[n, j] = Σ_k rows[n, H + group(j) K + k] shape[k, j] units[2]; the weight of the i-th hot
+    id is rows[n, i] units[0].
+    """
+
+    rows: Tensor  # (N, H + G K)
+    shape: Tensor  # (K, V)
+    hot: Tensor  # (H,) ids
+    units: Tensor  # (3,) float32: ones unless the factors are float16
+
+
+def row_gradient(factors: Factors, weight: Tensor) -> Tensor:
+    """(N, width): what tail and hot ids add to a gradient by rows, Σ_j g[n, j] weight[j]; weight
+    (V, width)."""
+    rows, shape, hot, units = factors
+    kinds, whole = shape.shape[0], weight.shape[0] // GROUP
+    other = weight.new_empty(rows.shape[1], weight.shape[1])
+    count = hot.shape[0]
+    torch.index_select(weight, 0, hot, out=other[:count])
+    centers, end = other[count:], whole * GROUP
+    if whole:
+        grouped = shape[:, :end].unflatten(1, (whole, GROUP)).transpose(0, 1)
+        to = centers[: whole * kinds].unflatten(0, (whole, kinds))
+        torch.bmm(grouped, weight[:end].unflatten(0, (whole, GROUP)), out=to)
+    if weight.shape[0] > end:
+        torch.mm(shape[:, end:], weight[end:], out=centers[whole * kinds :])
+    if weight.dtype != torch.float16:  # needs no units: one product, rounded once
+        return rows @ other
+    total = wide_mm(rows[:, count:], centers).mul_(units[2])
+    total.addcmul_(wide_mm(rows[:, :count], other[:count]), units[0])
+    return total.to(weight.dtype)
+
+
+def column_gradient(factors: Factors, hidden: Tensor, out: Tensor) -> Tensor:
+    """out (V, width) = what the tail adds to a gradient by columns, Σ_n g[n, j] hidden[n]; hidden
+    (N, width). out may be wider than hidden.
+
+    Returns (H, width), at least float32: what the rows of the hot ids still lack, in units[0].
+    """
+    rows, shape, hot, units = factors
+    product = wide_mm(rows.T, hidden)
+    centers = product[hot.shape[0] :]
+    if hidden.dtype == torch.float16:
+        centers = centers * units[2]
+    centers = centers.to(hidden.dtype).unflatten(0, (-1, shape.shape[0]))  # (G, K, width)
+    whole = out.shape[0] // GROUP
+    # A wider output goes through a stretch of groups at a time, not through a second array of its size.
+    step = max(whole, 1) if out.dtype == hidden.dtype else _STRETCH
+    for first in range(0, whole, step):
+        last = min(first + step, whole)
+        ids = slice(first * GROUP, last * GROUP)
+        grouped = shape[:, ids].T.unflatten(0, (last - first, GROUP))
+        to = out[ids].unflatten(0, (last - first, GROUP))
+        if out.dtype == hidden.dtype:
+            torch.bmm(grouped, centers[first:last], out=to)
+        else:
+            to.copy_(torch.bmm(grouped, centers[first:last]))
+    ids = slice(whole * GROUP, None)
+    if out.shape[0] % GROUP:
+        if out.dtype == hidden.dtype:
+            torch.mm(shape[:, ids].T, centers[-1], out=out[ids])
+        else:
+            out[ids] = shape[:, ids].T @ centers[-1]
+    return product[: hot.shape[0]]

@@ -1,0 +1,198 @@
+// The tail between the matmuls: the sampled rows brought together (a block a row), classes of rows and the factors that
+// follow from them (a warp a row), shapes of the classes' tails (a block a group of ids, which it reads once and holds in
+// registers), and the products of hot ids added to their rows of the gradient. cce_ext/sparse/tail.py has the same steps in
+// PyTorch. No atomics; sums in a fixed order.
+#include <algorithm>
+#include <cfloat>
+
+#include "cuda/common/convert.cuh"
+#include "cuda/common/row_gradient.cuh"
+#include "cuda/sparse/tail.h"
+
+namespace cce::cuda {
+namespace {
+
+constexpr int kThreads = 256, kWarps = kThreads / 32;
+constexpr int kShapeThreads = 512, kShapeCols = kGroupCols / kShapeThreads;
+static_assert(kShapeCols * kShapeThreads == kGroupCols, "whole columns a thread");
+
+__device__ __forceinline__ void copy_pieces(const Matrix& from, int64_t row, void* to, int64_t ld,
+                                            int64_t to_row) {
+  const auto* source =
+      reinterpret_cast<const uint4*>(static_cast<const uint16_t*>(from.data) + row * from.ld);
+  auto* target = reinterpret_cast<uint4*>(static_cast<uint16_t*>(to) + to_row * ld);
+  for (int64_t i = threadIdx.x; i < ld / 8; i += kThreads) target[i] = source[i];
+}
+
+__global__ void __launch_bounds__(kThreads) rows_kernel(const __grid_constant__ TailRowsParams p) {
+  const int64_t place = blockIdx.x, row = p.rows[place];
+  copy_pieces(p.e, row, p.e_sampled, p.e_sampled_ld, place);
+  if (p.u.data) copy_pieces(p.u, row, p.u_sampled, p.u_sampled_ld, place);
+  if (threadIdx.x != 0) return;
+  p.records[place] = make_row_gradient(place, 0.0f, p.weight[row] * p.lift, p.lse[row],
+                                       p.targets[row], p.shard_size, p.options);
+  p.order[place] = static_cast<int32_t>(place);
+  if (place == 0) *p.count = p.samples;
+}
+
+// The first anchor with the largest product, or the first that is NaN.
+__device__ __forceinline__ int class_of(const TailClassesParams& p, int64_t row) {
+  const float* scores = p.scores + row * p.anchors;
+  int best = 0;
+  float largest = scores[0];
+  for (int k = 1; k < p.anchors; ++k) {
+    const float score = scores[k];
+    if (largest == largest && !(score <= largest)) {
+      best = k;
+      largest = score;
+    }
+  }
+  return best;
+}
+
+template <typename T>
+__device__ void write_factors(const TailClassesParams& p, int64_t row, int lane) {
+  const int chosen = class_of(p, row);
+  if (lane == 0) p.classes[row] = chosen;
+  T* factors = static_cast<T*>(p.factors) + row * p.ld;
+  for (int64_t i = lane; i < p.hot / 8; i += 32)
+    reinterpret_cast<uint4*>(factors)[i] = make_uint4(0, 0, 0, 0);
+  const int kinds = kTailClasses + p.smoothing;
+  const float a = p.a[row] * p.scale, unit = p.units[1];
+  const float uniform = p.d[row] * p.uniform / unit;
+  const float* mass = p.mass + row * p.groups;
+  for (int i = lane; i < p.ld - p.hot; i += 32) {
+    const int kind = i % kinds, group = i / kinds;
+    float value = 0.0f;  // of other classes, and between two rows
+    if (group < p.groups && kind == kTailClasses) value = uniform;
+    if (group < p.groups && kind == chosen) value = mass[group] * a / unit;
+    factors[p.hot + i] = narrow<T>(value);
+  }
+}
+
+// Blocks of the rows first, then those of the samples.
+template <typename T>
+__global__ void __launch_bounds__(kThreads)
+    classes_kernel(const __grid_constant__ TailClassesParams p) {
+  const int64_t row_blocks = (p.n + kWarps - 1) / kWarps;
+  if (blockIdx.x < row_blocks) {
+    const int64_t row = static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / 32;
+    if (row < p.n) write_factors<T>(p, row, threadIdx.x % 32);
+    return;
+  }
+  const int64_t sample = (blockIdx.x - row_blocks) * kThreads + threadIdx.x;
+  if (sample >= p.samples) return;
+  const int chosen = class_of(p, p.rows[sample]);
+  T* member = static_cast<T*>(p.member) + sample;
+  for (int k = 0; k < kTailClasses; ++k)
+    member[int64_t{k} * p.samples] = narrow<T>(k == chosen ? 1.0f : 0.0f);
+}
+
+template <typename T>
+__global__ void __launch_bounds__(kShapeThreads)
+    shapes_kernel(const __grid_constant__ TailShapesParams p, float lift) {
+  __shared__ float partial[kTailClasses][kShapeThreads / 32];
+  __shared__ float totals[kTailClasses];
+  const int64_t first = int64_t{blockIdx.x} * kGroupCols;
+  const int width = static_cast<int>(min(p.vocab - first, int64_t{kGroupCols}));
+  float mixed[kTailClasses][kShapeCols];
+#pragma unroll
+  for (int i = 0; i < kShapeCols; ++i) {
+    const int col = i * kShapeThreads + threadIdx.x;
+    float all = 0.0f;
+#pragma unroll
+    for (int k = 0; k < kTailClasses; ++k) {
+      mixed[k][i] = col < width ? p.sums[k * p.vocab + first + col] : 0.0f;
+      all += mixed[k][i];
+    }
+#pragma unroll
+    for (int k = 0; k < kTailClasses; ++k) mixed[k][i] = fmaf(p.shared, all, mixed[k][i]);
+  }
+#pragma unroll
+  for (int k = 0; k < kTailClasses; ++k) {
+    float sum = 0.0f;
+#pragma unroll
+    for (int i = 0; i < kShapeCols; ++i) sum += mixed[k][i];
+#pragma unroll
+    for (int step = 16; step > 0; step /= 2) sum += __shfl_xor_sync(~0u, sum, step);
+    if (threadIdx.x % 32 == 0) partial[k][threadIdx.x / 32] = sum;
+  }
+  __syncthreads();
+  if (threadIdx.x < kTailClasses) {
+    float sum = 0.0f;
+    for (int warp = 0; warp < kShapeThreads / 32; ++warp) sum += partial[threadIdx.x][warp];
+    totals[threadIdx.x] = sum;
+  }
+  __syncthreads();
+  T* shapes = static_cast<T*>(p.shapes) + first;
+#pragma unroll
+  for (int k = 0; k < kTailClasses; ++k) {
+    const float total = totals[k];
+#pragma unroll
+    for (int i = 0; i < kShapeCols; ++i) {
+      const int col = i * kShapeThreads + threadIdx.x;
+      // A group in which nobody has any mass is uniform.
+      const float share = total > 0.0f ? mixed[k][i] / total : 1.0f / static_cast<float>(width);
+      if (col < width) shapes[k * p.ld + col] = narrow<T>(share * lift);
+    }
+  }
+  const int64_t gap = p.ld - p.vocab;  // between two rows
+  if (blockIdx.x == gridDim.x - 1 && threadIdx.x < gap) {
+    for (int k = 0; k < kTailClasses + p.smoothing; ++k)
+      shapes[k * p.ld + width + threadIdx.x] = narrow<T>(0.0f);
+  }
+  if (!p.smoothing) return;
+  for (int col = threadIdx.x; col < width; col += kShapeThreads)
+    shapes[kTailClasses * p.ld + col] = narrow<T>(lift / kGroupCols);
+}
+
+template <typename T>
+__global__ void __launch_bounds__(kThreads) add_kernel(const __grid_constant__ AddRowsParams p) {
+  const int64_t i = blockIdx.x;
+  const float* product = p.product + i * p.width;
+  T* out = static_cast<T*>(p.out) + p.ids[i] * p.out_ld;
+  const float unit = *p.unit;
+  for (int64_t col = threadIdx.x; col < p.width; col += kThreads)
+    out[col] = narrow<T>(widen(out[col]) + product[col] * unit);
+}
+
+}  // namespace
+
+cudaError_t tail_rows(const TailRowsParams& params, cudaStream_t stream) {
+  if (params.samples == 0) return cudaSuccess;
+  rows_kernel<<<params.samples, kThreads, 0, stream>>>(params);
+  return cudaGetLastError();
+}
+
+cudaError_t tail_classes(const TailClassesParams& params, cudaStream_t stream) {
+  if (params.n == 0) return cudaSuccess;
+  const int64_t blocks =
+      (params.n + kWarps - 1) / kWarps + (params.samples + kThreads - 1) / kThreads;
+  const auto kernel =
+      params.dtype == Dtype::kBFloat16 ? classes_kernel<__nv_bfloat16> : classes_kernel<__half>;
+  kernel<<<static_cast<unsigned>(blocks), kThreads, 0, stream>>>(params);
+  return cudaGetLastError();
+}
+
+cudaError_t tail_shapes(const TailShapesParams& params, cudaStream_t stream) {
+  if (params.vocab == 0) return cudaSuccess;
+  const auto blocks = static_cast<unsigned>((params.vocab + kGroupCols - 1) / kGroupCols);
+  if (params.dtype == TailShapesParams::Out::kBFloat16)
+    shapes_kernel<__nv_bfloat16><<<blocks, kShapeThreads, 0, stream>>>(params, 1.0f);
+  else if (params.dtype == TailShapesParams::Out::kHalf)
+    shapes_kernel<__half><<<blocks, kShapeThreads, 0, stream>>>(params, kShapeLift);
+  else
+    shapes_kernel<float><<<blocks, kShapeThreads, 0, stream>>>(params, 1.0f);
+  return cudaGetLastError();
+}
+
+cudaError_t add_rows(const AddRowsParams& params, cudaStream_t stream) {
+  if (params.count == 0 || params.width == 0) return cudaSuccess;
+  const auto kernel = params.out_fp32                    ? add_kernel<float>
+                      : params.dtype == Dtype::kBFloat16 ? add_kernel<__nv_bfloat16>
+                                                         : add_kernel<__half>;
+  kernel<<<static_cast<unsigned>(params.count), kThreads, 0, stream>>>(params);
+  return cudaGetLastError();
+}
+
+}  // namespace cce::cuda
