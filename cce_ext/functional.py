@@ -315,7 +315,7 @@ def _rows(
     record(path=path.get(pair, pair.removesuffix("_ce")), reason=reason, **facts)
     arguments = (*inputs, *options, 0, 0, metrics)
     if pair == "sparse_ce":
-        arguments += facts["filter"]
+        arguments = (*arguments, *facts["filter"])
     return RowStatistics(*eager.forward(pair, *arguments)[: len(RowStatistics._fields)])
 
 

@@ -103,7 +103,7 @@ def mismatches(problem: Problem, expected: SparseGradients, limit: float) -> Ite
         truth = getattr(expected, names[name])
         norm = max(truth.norm().item(), 1e-2 * size_without_cancelling(problem, name))
         difference = (got.double() - truth).norm().item()
-        if not difference < limit * norm:  # nor NaN
+        if not difference <= limit * norm:  # nor NaN
             yield f"{name}: {difference / max(norm, 1e-30):.1e}"
     facts = diagnostics()
     if facts["exact_rows"] != int(expected.exact_rows.sum()):
