@@ -266,7 +266,7 @@ def main() -> None:
     if args.quick:
         n, v, d, rank = (256, 8192, 128, 8) if device.type == "cpu" else (1024, 65536, 512, 16)
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
-    repeats = 2 if args.quick else 5 if device.type == "cpu" else 20
+    repeats = 2 if args.quick else 5 if device.type == "cpu" else 10
     backwards = ("exact",) if device.type == "cpu" else ("default", "exact")
     facts = {
         "torch": torch.__version__,
