@@ -69,7 +69,8 @@ class Truth(NamedTuple):
 
 class Traffic(TorchDispatchMode):
     """Counts the collectives of a region and the bytes that a rank receives in them, by rings: an
-    all-reduce receives all parts but one twice, an all-gather the others' parts once."""
+    all-reduce receives all parts but one twice, an all-gather the others' parts once, an
+    all-to-all a part from each of the others."""
 
     def __init__(self, world: int) -> None:
         super().__init__()
@@ -84,6 +85,8 @@ class Traffic(TorchDispatchMode):
                 self.bytes += 2 * (self.world - 1) / self.world * _bytes(args[0])
             elif "allgather" in func.__name__:
                 self.bytes += _bytes(args[0]) - _bytes(args[1])
+            elif "alltoall" in func.__name__:
+                self.bytes += (self.world - 1) / self.world * _bytes(args[0])
             else:
                 raise RuntimeError(f"no rule for the bytes of {func.__name__}")
         return func(*args, **(kwargs or {}))

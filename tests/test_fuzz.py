@@ -84,11 +84,13 @@ def random_sparse_options(seed: int) -> dict[str, object]:
     else:
         v = round(16385 * 2.5 ** r.random())
     near = r.choice((64, 128, 256, 512, 1024)) + r.choice((-1, 0, 1))
+    n = near if r.random() < 0.4 else round(1500 ** r.random())
+    ignored = r.choice((0.0, 0.0, 0.1, 0.5, 0.95))
     dtype = r.choice((torch.bfloat16, torch.float16))
     rank = r.choice((0, 0, 0, 1, 8, 16, 100, 256))
     options: dict[str, object] = {
-        # A row's dU of rank 1 is one number, which may cancel to anything.
-        "n": max(16 if rank == 1 else 1, near if r.random() < 0.4 else round(1500 ** r.random())),
+        # About 16 rows that count: the gradient of one alone may cancel to anything.
+        "n": max(round(16 / (1 - ignored)), n),
         "v": v,
         "d": 8 * round(80 ** r.random()),
         "dtype": dtype,
@@ -96,7 +98,7 @@ def random_sparse_options(seed: int) -> dict[str, object]:
         # As float16 is trained: means of small probabilities are below its numbers otherwise.
         "loss_scale": 1024.0 if dtype == torch.float16 else 1.0,
         "bias": r.random() < 0.4,
-        "ignored": r.choice((0.0, 0.0, 0.1, 0.5, 0.95)),
+        "ignored": ignored,
         "lse": r.random() < 0.3,
         "logit_scale": r.choice((1.0, 1.0, 1.0, 0.9, 0.5, 1.5)),
         "eps": 2.0 ** -r.choice((10, 12, 13, 13, 13, 14, 16)),
