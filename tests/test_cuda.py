@@ -12,6 +12,7 @@ import torch
 from bench.llm_data import llm_like
 from bench.timing import graph_of
 from cce_ext import diagnostics, linear_cross_entropy
+from cce_ext.sparse import history
 from tests.oracle import Case, compare, differentiate, ours
 from tests.shapes import GPU_HUGE, GPU_TILES
 
@@ -177,6 +178,27 @@ def test_other_streams_and_poisoned_outputs() -> None:
     stream.synchronize()
     for name, x in expected.items():
         assert torch.equal(x, got[name]), name
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_tensors_on_another_than_the_current_device() -> None:
+    """A few calls of each kind, so that flat ones look back at earlier ones."""
+    e, c, t = llm_like(300, 17000, 128, torch.bfloat16, "cuda:1")
+    e, c = e.requires_grad_(), c.requires_grad_()
+
+    def steps(**options: object) -> list[tuple[torch.Tensor, ...]]:
+        history.clear()
+        losses = [linear_cross_entropy(e, c, t, **options) for _ in range(4)]
+        return [(loss.detach(), *torch.autograd.grad(loss, (e, c))) for loss in losses]
+
+    for options in ({}, {"logit_scale": 0.1}, {"filter_eps": None}, {"impl": "triton"}):
+        with torch.cuda.device(1):
+            expected = steps(**options)
+        with torch.cuda.device(0):
+            got = steps(**options)
+        for call, other in zip(got, expected, strict=True):
+            for x, y in zip(call, other, strict=True):
+                assert torch.equal(x, y), options
 
 
 def test_a_step_is_captured_in_a_graph() -> None:

@@ -51,6 +51,8 @@ def mostly_exact(kind: tuple, share: Tensor) -> bool:
             arrived.synchronize()
             many = host.item() > MANY
         host.copy_(share, non_blocking=True)
-        arrived.record()
+        arrived.record(
+            torch.cuda.current_stream(share.device)
+        )  # which may not be the current device
         calls.append((host, arrived))
     return many
