@@ -2,7 +2,7 @@
 //
 // Tile 128 x 192 x 64, 5 stages, warp roles and barriers: sm90/mainloop.cuh. Shared memory: the pipeline and its barriers,
 // then RowStates of 128 rows, in training also 24 KB of candidates of four warps. Epilogue: a warp owns 32 rows of each
-// tile, the same ones in both warpgroups, and folds them into the states, whose turn the named barriers pass on; so a
+// tile, the same ones in both warpgroups, and folds them into the states, whose turn the memory barriers pass on; so a
 // unit's tiles are added in order, and at its end the warpgroup that had the last tile writes one partial a row and clears
 // the states. The halves of the accumulators go through one copy of the code. In training, entries that the sparse gradient
 // may keep go to the row block's pool in device memory, by way of the warp's candidates in shared memory.
