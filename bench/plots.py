@@ -53,8 +53,8 @@ def speed(results: Results) -> Figure | None:
         row["test_data"]: row["n"] for row in rows
     }
     rows = [row for row in rows if largest.get(row["test_data"]) == row["n"]]
-    data = rows[0]["data"] if rows else ""
-    rows = [row for row in rows if row["data"] == data]
+    # Of the first data and dtype alone: a bar has room for one number.
+    rows = [row for row in rows if all(row[k] == rows[0][k] for k in ("data", "dtype"))]
     if not rows:
         return None
     style = _Style(rows)
@@ -74,7 +74,7 @@ def speed(results: Results) -> Figure | None:
     axes.set_ylabel("forward + backward, x matmul")
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, fontsize=8)
-    axes.set_title(f"{results.machine['name']}, {data} data", fontsize=10)
+    axes.set_title(f"{results.machine['name']}, {rows[0]['data']} data", fontsize=10)
     return figure
 
 

@@ -88,7 +88,9 @@ def steps(results: Results) -> str:
             found.setdefault((shape(row), row["dtype"]), {})[row["method"]] = row
     rows = []
     for (size, dtype), methods in found.items():
-        pair = [methods.get(name, {}) for name in ("eager", "cce")]
+        if "eager" not in methods or "cce" not in methods:
+            continue
+        pair = [methods[name] for name in ("eager", "cce")]
         cells = [extra(r) for r in pair] + [number(r.get("runtime_ms")) for r in pair]
         rows.append([size, dtype, *cells])
     header = ["tokens × vocabulary × width", "dtype", "stored logits, MB", "cce_ext, MB"]
