@@ -73,7 +73,7 @@ def speed(results: Results) -> Figure | None:
     axes.set_xticks(range(len(shapes)), [f"{s}\nN = {largest[s]}" for s in shapes])
     axes.set_ylabel("forward + backward, x matmul")
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, fontsize=8)
+    figure.legend(frameon=False, fontsize=8, loc="outside right upper")
     axes.set_title(f"{results.machine['name']}, {rows[0]['data']} data", fontsize=10)
     return figure
 
