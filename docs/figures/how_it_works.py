@@ -16,6 +16,7 @@ from torch import Tensor
 
 from bench.llm_data import llm_like
 from bench.plots import save
+from cce_ext.sparse.tail import GROUP
 
 N, V, D = 192, 32768, 512
 THRESHOLD = 2.0**-13
@@ -83,9 +84,9 @@ def draw_rows(axes: Axes, p: Tensor) -> None:
 def draw_backward(axes: Axes, p: Tensor, targets: Tensor) -> None:
     """Kept entries as dots over the groups whose mass is spread by a shape."""
     kept = (p >= THRESHOLD).nonzero()
-    for group in range(V // 4096):
+    for group in range(-(-V // GROUP)):
         shade = "#f2f2f2" if group % 2 else "#e4e4e4"
-        axes.axvspan(group * 4096, (group + 1) * 4096, color=shade, linewidth=0)
+        axes.axvspan(group * GROUP, min((group + 1) * GROUP, V), color=shade, linewidth=0)
     axes.plot(kept[:, 1], kept[:, 0], ",", color=GREEN, rasterized=True)
     axes.plot(targets, torch.arange(N), ".", color=RED, markersize=2)
     axes.set(xlim=(0, V), ylim=(N, 0), xlabel="vocabulary", ylabel="tokens")
@@ -93,7 +94,7 @@ def draw_backward(axes: Axes, p: Tensor, targets: Tensor) -> None:
     axes.set_title("Backward: kept entries, and a tail")
     axes.text(
         0.5, -0.27,
-        "dots: entries above the threshold, exact (red: targets)\nshades: groups of 4096 ids; the mass that a "
+        f"dots: entries above the threshold, exact (red: targets)\nshades: groups of {GROUP} ids; the mass that a "
         "row drops in one is spread\nover it by the shape that rows of its class have",
         transform=axes.transAxes, ha="center", va="top", fontsize=8,
     )  # fmt: skip
