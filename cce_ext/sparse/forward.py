@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from cce_ext.blocked import Call
 from cce_ext.cuda_backward import readable
 from cce_ext.reference import RowStatistics
 from cce_ext.sparse import tail
@@ -68,28 +69,14 @@ def kept_capacity(n: int, v: int, eps: float) -> int:
     return min(n * v, math.ceil(max(n * 320, 2**20) * _growth(eps))) + n
 
 
-class Call(NamedTuple):
-    """What is computed, as the kernels read it; see `prepare`."""
-
-    e: Tensor  # (N, D)
-    c: Tensor  # (V, D)
-    targets: Tensor  # (N,) int64
-    bias: Tensor | None
-    u: Tensor | None
-    lora_b: Tensor | None
-    ignore_index: int
-    softcap: float
-    logit_scale: float
-    label_smoothing: float
-    vocab_start: int
-    vocab_total: int
-
-
-def prepare(e: Tensor, c: Tensor, targets: Tensor, *others: Any) -> Call:
-    """The arguments of ``linear_ce_forward`` up to vocab_total (0: c is the whole vocabulary)."""
-    *others, start, total = others
-    total = total or start + c.shape[0]
-    return Call(readable(e, e.dtype), c, targets.long().contiguous(), *others, start, total)
+def prepare(*args: Any) -> Call:
+    """The arguments of ``linear_ce_forward`` up to vocab_total, as the kernels read them."""
+    call = Call(*args)
+    return call._replace(
+        e=readable(call.e, call.e.dtype),
+        targets=call.targets.long().contiguous(),
+        vocab_total=call.vocab,
+    )
 
 
 class Bounds(NamedTuple):

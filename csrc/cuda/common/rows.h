@@ -17,7 +17,8 @@ cudaError_t order_rows(const int64_t* targets, int64_t n, int64_t ignore_index, 
                        int32_t* count, void* workspace, size_t workspace_bytes,
                        cudaStream_t stream);
 
-// to (n, from.cols rounded up to whole pieces) = the rows of `from` that count, in the order; nothing where all do. 16-bit elements.
+// to (n, from.cols rounded up to whole pieces) = the rows of `from` that count, in the order, and zeros up to the end of the
+// last one's row block; nothing where all count. 16-bit elements.
 cudaError_t compact_rows(const Matrix& from, const RowOrder& order, int64_t n, const Matrix& to,
                          cudaStream_t stream);
 
