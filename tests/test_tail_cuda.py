@@ -139,9 +139,11 @@ def test_shapes(dtype: torch.dtype, smoothing: bool, v: int) -> None:
     sums = torch.exp(4 * normal(tail.CLASSES, v))
     sums[:, : tail.GROUP] = 0  # nobody drops anything there
     sums[3] = 0
-    shape = torch.ops.cce.tail_shapes(
+    shape, totals = torch.ops.cce.tail_shapes(
         sums, torch.empty(0, device="cuda", dtype=dtype), tail.SHARED, smoothing
     )
+    assert totals[0] == 0
+    assert (totals[1:] > 0).all()
     assert shape.shape == (tail.CLASSES + smoothing, v)
     assert shape.stride(0) % 8 == 0
     expected = tail.shapes(sums.double())
@@ -156,6 +158,60 @@ def test_shapes(dtype: torch.dtype, smoothing: bool, v: int) -> None:
         rtol=limit,
         atol=0,
     )
+
+
+def sampled_ids(sums: Tensor, count: int) -> tail.TiltIds:
+    """What the kernels find."""
+    _, totals = torch.ops.cce.tail_shapes(sums, sums, tail.SHARED, False)
+    return tail.TiltIds(*torch.ops.cce.tilt_ids(sums, totals, count))
+
+
+@pytest.mark.parametrize("count", [512, 1024])
+@pytest.mark.parametrize("v", [4608, 9217, 20000, 4608 * 600 - 1])
+@pytest.mark.parametrize("kind", ["spread", "few", "nothing", "not a number"])
+def test_ids_of_the_tilt(count: int, v: int, kind: str) -> None:
+    sums = torch.exp(4 * normal(tail.CLASSES, v))
+    if kind == "few":
+        sums[:, 7:-3] = 0
+    elif kind == "nothing":
+        sums.zero_()
+    elif kind == "not a number":
+        sums[2, ::5], sums[3, 1] = torch.nan, torch.inf
+    found, expected = sampled_ids(sums, count), tail.tilt_ids(sums, count)
+    assert torch.equal(found.ids, expected.ids)
+    assert torch.equal(found.first.long(), expected.first)
+
+
+@DTYPES
+@pytest.mark.parametrize("softcap", [0.0, 20.0])
+@pytest.mark.parametrize(("n", "v", "count"), [(1, 16400, 512), (130, 20001, 512), (600, 70000, 1024)])
+def test_tilt(dtype: torch.dtype, softcap: float, n: int, v: int, count: int) -> None:
+    groups, scale = tail.groups(v), 0.7
+    sums = torch.exp(4 * normal(tail.CLASSES, v, seed=1))
+    known = sampled_ids(sums, count)
+    products, bias = (4 * normal(n, count, seed=2)).to(dtype), normal(v, seed=3)
+    mass = uniform(n, groups, seed=4) * 1e-2
+    mass[:, 1] = 0
+    mass[::9] = 0
+    a = normal(n, seed=5)
+    classes = (uniform(n, seed=6) * (tail.CLASSES - 1)).long()  # nobody is of the last
+    sample = tail.sample_rows(a, mass.sum(1))
+    z = (products.double() + bias[known.ids]) * scale
+    z = softcap * torch.tanh(z / softcap) if softcap else z
+    rows = tail.Rows(classes, mass.double(), tail.Sample(sample.rows, sample.weight.double()))
+    known = tail.TiltIds(known.ids, known.first.long())
+    expected = tail.tilt(z, known, rows) * (a * scale)[:, None]
+    unit = 3.0 if dtype == FP16 else 1.0
+    units = torch.tensor([1.0, unit, unit / LIFT], device="cuda")
+    torch.ops.cce.tilt_(
+        products, known.ids, known.first.int(), classes, *sample, mass.sum(1), mass, a, bias,
+        softcap, scale, tail.SHARED, tail.TILT, tail.TILT_DAMPING, units,
+    )  # fmt: skip
+    got = products.double() * (unit / LIFT if dtype == FP16 else 1.0)
+    assert expected.abs().max() > 1e-6
+    torch.testing.assert_close(got, expected, rtol=2 * LAST_BITS[dtype], atol=1e-8)
+    # No row's and no group's mass changes.
+    assert (got.sum(1).abs() <= 1e-2 * got.abs().sum(1) + 1e-12).all()
 
 
 @DTYPES

@@ -137,16 +137,21 @@ def _sparse(
     # What is there for each gradient: (N, width) or (V, width), and where it starts from.
     rows_of = [(need_e, call.c, e), (need_u and u is not None, call.lora_b, u)]
     columns_of = [(need_c, call.e, c), (need_lora_b and lora_b is not None, call.u, lora_b)]
-    factors, dbias = _factors(
-        call, lists, a, d, tail.Sample(sample, weight), units, need_bias and bias is not None
-    )
+    factors, tilt, dbias = _factors(
+        call, lists, a, d, row_mass, tail.Sample(sample, weight), units,
+        any(need for need, *_ in rows_of), need_bias and bias is not None,
+    )  # fmt: skip
     weights = torch.ops.cce.entry_weights(
         lists.row_first, lists.rows, lists.ids, lists.logits, a, d, call.lse,
         targets, softcap, logit_scale, label_smoothing, vocab_start, lists.slots, factors.rows,
         units,
     )  # fmt: skip
     kept = _Kept(lists, weights, factors)
-    by_row = [_row_gradient(kept, source, like) if need else None for need, source, like in rows_of]
+    by_row = [
+        _row_gradient(kept, tilt.rows, source, tilted, like) if need else None
+        for (need, source, like), tilted in zip(rows_of, tilt[1:], strict=True)
+    ]
+    del tilt
     by_column = [
         _column_gradient(kept, source, like) if need else None for need, source, like in columns_of
     ]
@@ -177,12 +182,15 @@ def _factors(
     lists: Lists,
     a: Tensor,
     d: Tensor,
+    row_mass: Tensor,
     sample: tail.Sample,
     units: Tensor,
+    need_rows: bool,
     need_bias: bool,
-) -> tuple[products.Factors, Tensor | None]:
+) -> tuple[products.Factors, products.Tilt, Tensor | None]:
     """The tail of every row, from the sampled rows' logits: what they drop, by class. Columns of
-    hot ids are zeros. If needed, also the tail's gradient by the bias."""
+    hot ids are zeros. If gradients by rows are needed, its tilt for them (else nothing in it); if
+    that by the bias is, what the tail adds to it."""
     o, rows = call.options, sample.rows
     e, u, order, count, records = torch.ops.cce.tail_rows(
         rows, sample.weight, _LIFT, call.e, call.u, call.lse, call.targets, o.label_smoothing,
@@ -201,14 +209,42 @@ def _factors(
         uniform * tail.GROUP if smoothing else None,
     )  # fmt: skip
     sums = _sampled_tails(call._replace(e=e, u=u), order, count, records, member)
-    shape = torch.ops.cce.tail_shapes(sums, call.e, tail.SHARED, smoothing)
+    shape, totals = torch.ops.cce.tail_shapes(sums, call.e, tail.SHARED, smoothing)
+    tilt = products.Tilt(None, None, None)
+    if need_rows:
+        ids, first = torch.ops.cce.tilt_ids(sums, totals, tail.tilt_size(call.c.shape[0]))
+        tilt = _tilt(call, ids, first, classes, sample, row_mass, lists.mass, a, units)
     dbias = None
     if need_bias:  # not of rounded numbers
         mass = lists.mass * (a * o.logit_scale)[:, None]
-        wide = torch.ops.cce.tail_shapes(sums, sums, tail.SHARED, False)
+        wide, _ = torch.ops.cce.tail_shapes(sums, sums, tail.SHARED, False)
         spread = tail.Spread(mass, classes, wide, d * uniform if smoothing else None)
         dbias = tail.column_sum(spread)
-    return products.Factors(of_rows, shape, lists.hot_ids, units), dbias
+    return products.Factors(of_rows, shape, lists.hot_ids, units), tilt, dbias
+
+
+def _tilt(
+    call: _Call,
+    ids: Tensor,
+    first: Tensor,
+    classes: Tensor,
+    sample: tail.Sample,
+    row_mass: Tensor,
+    mass: Tensor,
+    a: Tensor,
+    units: Tensor,
+) -> products.Tilt:
+    """See `tail.tilt`; of the logits of the sampled ids in 16 bits."""
+    c = call.c[ids]
+    lora_b = None if call.lora_b is None else call.lora_b[ids]
+    rows = torch.mm(call.e, c.T)
+    if lora_b is not None:
+        rows.addmm_(call.u, lora_b.T)
+    torch.ops.cce.tilt_(
+        rows, ids, first, classes, *sample, row_mass, mass, a, call.bias, call.options.softcap,
+        call.options.logit_scale, tail.SHARED, tail.TILT, tail.TILT_DAMPING, units,
+    )  # fmt: skip
+    return products.Tilt(rows, c, lora_b)
 
 
 def _sampled_tails(
@@ -244,10 +280,13 @@ class _Kept(NamedTuple):
     factors: products.Factors
 
 
-def _row_gradient(kept: _Kept, source: Tensor, like: Tensor) -> Tensor:
-    """The gradient by `like` (N, width): tail and kept entries; source (V, width)."""
+def _row_gradient(
+    kept: _Kept, tilt: Tensor, source: Tensor, tilted: Tensor, like: Tensor
+) -> Tensor:
+    """The gradient by `like` (N, width): tail with its tilt (N, J) and kept entries; source
+    (V, width), tilted (J, width)."""
     lists = kept.lists
-    out = products.row_gradient(kept.factors, source)
+    out = products.row_gradient(kept.factors, tilt, source, tilted)
     torch.ops.cce.gather_(
         out, source, lists.row_first, lists.row_hot, None, lists.ids, kept.weights, None,
         lists.row_order, None,

@@ -33,9 +33,18 @@ class Factors(NamedTuple):
     units: Tensor  # (3,) float32: ones unless the factors are float16
 
 
-def row_gradient(factors: Factors, weight: Tensor) -> Tensor:
+class Tilt(NamedTuple):
+    """What the gradients by rows add to the tail: Σ_j rows[n, j] C[ids[j]], in the unit of the
+    products with shapes. J sampled ids. None: not needed, or no low-rank head."""
+
+    rows: Tensor | None  # (N, J), in the dtype of the factors
+    c: Tensor | None  # (J, D): rows of the classifier
+    lora_b: Tensor | None  # (J, R)
+
+
+def row_gradient(factors: Factors, tilt: Tensor, weight: Tensor, tilted: Tensor) -> Tensor:
     """(N, width): what tail and hot ids add to a gradient by rows, Σ_j g[n, j] weight[j]; weight
-    (V, width)."""
+    (V, width), tilt (N, J) and tilted (J, width) as in `Tilt`."""
     rows, shape, hot, units = factors
     kinds, whole = shape.shape[0], weight.shape[0] // GROUP
     other = weight.new_empty(rows.shape[1], weight.shape[1])
@@ -49,8 +58,8 @@ def row_gradient(factors: Factors, weight: Tensor) -> Tensor:
     if weight.shape[0] > end:
         torch.mm(shape[:, end:], weight[end:], out=centers[whole * kinds :])
     if weight.dtype != torch.float16:  # needs no units: one product, rounded once
-        return rows @ other
-    total = wide_mm(rows[:, count:], centers).mul_(units[2])
+        return (rows @ other).addmm_(tilt, tilted)
+    total = wide_mm(rows[:, count:], centers).add_(wide_mm(tilt, tilted)).mul_(units[2])
     total.addcmul_(wide_mm(rows[:, :count], other[:count]), units[0])
     return total.to(weight.dtype)
 

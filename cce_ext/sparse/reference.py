@@ -20,8 +20,8 @@ _ROW_BLOCK = 128
 
 
 class SparseGradients(NamedTuple):
-    """Gradients by the inputs (None for an input that is not there), the gradient by the logits,
-    and what the filter did."""
+    """Gradients by the inputs (None for an input that is not there), the gradient by the logits
+    without the tilt, which de and du have and the others have not, and what the filter did."""
 
     de: Tensor
     dc: Tensor
@@ -167,15 +167,22 @@ def sparse_gradients(
         target_part = target_part * capped.gather(1, slot[:, None])[:, 0]
     target_part = torch.where(is_target, target_part[:, None], 0)
     g = kept_weight.mul_(scale * a[:, None]).sub_(target_part).add_(tail.dense(spread))
+    ids = tail.tilt_ids(weights, tail.tilt_size(vocab))
+    tilt = tail.tilt(z[:, ids.ids], ids, tail.Rows(classes, mass, sample))
+    tilt *= (scale * a_sparse)[:, None]
     everything = a[exact, None] * p[exact] - d[exact, None] * (smoothing / shard.vocab)
     everything -= (d * (1 - smoothing))[exact, None] * is_target[exact]
     g[exact] = everything * scale if capped is None else everything * scale * capped[exact]
     g[~valid] = 0
+
+    def by_rows(source: Tensor) -> Tensor:
+        return g @ source + tilt @ source[ids.ids]
+
     return SparseGradients(
-        g @ c,
+        by_rows(c),
         g.T @ e,
         g.sum(0),
-        None if u is None else g @ lora_b.to(g.dtype),
+        None if u is None else by_rows(lora_b.to(g.dtype)),
         None if u is None else g.T @ u,
         g,
         candidate.sum(1),

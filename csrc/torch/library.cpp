@@ -73,8 +73,9 @@ STABLE_TORCH_LIBRARY(cce, m) {
       "float unit_uniform) -> (Tensor exact, Tensor exact_share, Tensor d_all, Tensor rows, "
       "Tensor weight, Tensor order, Tensor count, Tensor units)");
   // tail_rows: the sampled rows as inputs of dlogits_. tail_classes: the rows' factors of the products with tails and hot
-  // ids, their classes, and which sampled rows are of which. tail_shapes: by id, of like's dtype. add_rows_: out[ids] +=
-  // product * unit; like: of the inputs' dtype.
+  // ids, their classes, and which sampled rows are of which. tail_shapes: by id, of like's dtype, and what each group weighs.
+  // tilt_ids: ids by that weight, and where each group's start. tilt_: from products with these ids to what the gradients by
+  // rows add to the tail. add_rows_: out[ids] += product * unit; like: of the inputs' dtype.
   m.def(
       "tail_rows(Tensor rows, Tensor weight, float lift, Tensor e, Tensor? u, Tensor lse, "
       "Tensor targets, float label_smoothing, int ignore_index, int shard_size, int vocab_start, "
@@ -84,7 +85,14 @@ STABLE_TORCH_LIBRARY(cce, m) {
       "tail_classes(Tensor scores, Tensor e, Tensor a, Tensor d, Tensor mass, Tensor rows, "
       "Tensor units, int hot, float scale, float? uniform) -> (Tensor factors, Tensor classes, "
       "Tensor member)");
-  m.def("tail_shapes(Tensor sums, Tensor like, float shared, bool smoothing) -> Tensor");
+  m.def(
+      "tail_shapes(Tensor sums, Tensor like, float shared, bool smoothing) -> (Tensor shapes, "
+      "Tensor totals)");
+  m.def("tilt_ids(Tensor sums, Tensor totals, int count) -> (Tensor ids, Tensor first)");
+  m.def(
+      "tilt_(Tensor(a!) z, Tensor ids, Tensor first, Tensor classes, Tensor rows, Tensor weight, "
+      "Tensor row_mass, Tensor mass, Tensor a, Tensor? bias, float softcap, float logit_scale, "
+      "float shared, float strength, float damping, Tensor units) -> ()");
   m.def("add_rows_(Tensor(a!) out, Tensor ids, Tensor product, Tensor unit, Tensor like) -> ()");
   m.def(
       "entry_weights(Tensor row_first, Tensor rows, Tensor ids, Tensor logits, Tensor a, Tensor d, "

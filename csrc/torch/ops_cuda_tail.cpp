@@ -1,5 +1,5 @@
 // What lies between the matmuls of the sparse gradient's tail as ops; see cce_ext/sparse/backward.py.
-#include "cuda/sparse/tail.h"
+#include "cuda/sparse/tilt.h"
 #include "torch/cuda_call.h"
 
 namespace cce::torch_api {
@@ -87,7 +87,7 @@ std::tuple<Tensor, Tensor, Tensor> tail_classes_cuda(Tensor scores, Tensor e, Te
 }
 
 // dtype's: that of like.
-Tensor tail_shapes_cuda(Tensor sums, Tensor like, double shared, bool smoothing) {
+std::tuple<Tensor, Tensor> tail_shapes_cuda(Tensor sums, Tensor like, double shared, bool smoothing) {
   const Guard guard(sums.get_device_index());
   STD_TORCH_CHECK(sums.size(0) == cuda::kTailClasses, "sums must have a row for each class");
   using Out = cuda::TailShapesParams::Out;
@@ -103,8 +103,63 @@ Tensor tail_shapes_cuda(Tensor sums, Tensor like, double shared, bool smoothing)
   const Tensor shapes = piece_rows(like, cuda::kTailClasses + smoothing, p.vocab);
   p.shapes = shapes.mutable_data_ptr();
   p.ld = shapes.stride(0);
+  const Tensor totals = empty(sums, {ceil_div(p.vocab, cuda::kGroupCols)}, ScalarType::Long);
+  p.totals = i64(totals, "totals");
   check_cuda(cuda::tail_shapes(p, stream_of(sums)), "tail_shapes");
-  return columns(shapes, p.vocab);
+  return {columns(shapes, p.vocab), totals};
+}
+
+std::tuple<Tensor, Tensor> tilt_ids_cuda(Tensor sums, Tensor totals, int64_t count) {
+  const Guard guard(sums.get_device_index());
+  STD_TORCH_CHECK(sums.size(0) == cuda::kTailClasses, "sums must have a row for each class");
+  cuda::TiltIdsParams p;
+  p.sums = f32(sums, "sums");
+  p.totals = i64(totals, "totals");
+  p.vocab = sums.size(1);
+  p.groups = static_cast<int>(totals.size(0));
+  p.count = static_cast<int>(count);
+  const Tensor ids = empty(sums, {count}, ScalarType::Long);
+  const Tensor first = empty(sums, {p.groups + 1}, ScalarType::Int);
+  p.ids = i64(ids, "ids");
+  p.first = i32(first, "first");
+  check_cuda(cuda::tilt_ids(p, stream_of(sums)), "tilt_ids");
+  return {ids, first};
+}
+
+void tilt_cuda(Tensor z, Tensor ids, Tensor first, Tensor classes, Tensor rows, Tensor weight,
+               Tensor row_mass, Tensor mass, Tensor a, std::optional<Tensor> bias, double softcap,
+               double logit_scale, double shared, double strength, double damping, Tensor units) {
+  const Guard guard(z.get_device_index());
+  STD_TORCH_CHECK(z.size(1) == ids.size(0) && z.stride(1) == 1 && units.size(0) == 3 &&
+                      first.size(0) == mass.size(1) + 1 && mass.size(0) == z.size(0),
+                  "z must have a column for each id and a row for each of mass, first a place for "
+                  "each group and one more, units three numbers");
+  cuda::TiltParams p;
+  p.dtype = kernel_dtype(z);
+  p.z = z.mutable_data_ptr();
+  p.ld = z.stride(0);
+  p.n = z.size(0);
+  p.count = static_cast<int>(ids.size(0));
+  p.ids = i64(ids, "ids");
+  p.first = i32(first, "first");
+  p.classes = i64(classes, "classes");
+  p.rows = i64(rows, "rows");
+  p.samples = static_cast<int>(rows.size(0));
+  p.weight = f32(weight, "weight");
+  p.row_mass = f32(row_mass, "row_mass");
+  p.mass = f32(mass, "mass");
+  p.groups = static_cast<int>(mass.size(1));
+  p.a = f32(a, "a");
+  if (bias) p.bias = f32(*bias, "bias");
+  p.options.softcap = softcap;
+  p.options.logit_scale = logit_scale;
+  p.shared = static_cast<float>(shared);
+  p.strength = static_cast<float>(strength);
+  p.damping = static_cast<float>(damping);
+  p.units = f32(units, "units");
+  const Tensor means = empty(z, {cuda::kTailClasses, ids.size(0)}, ScalarType::Float);
+  p.means = f32(means, "means");
+  check_cuda(cuda::tilt_rows(p, stream_of(z)), "tilt_");
 }
 
 void add_rows_cuda(Tensor out, Tensor ids, Tensor product, Tensor unit, Tensor like) {
@@ -132,5 +187,7 @@ STABLE_TORCH_LIBRARY_IMPL(cce, CUDA, m) {
   m.impl("tail_rows", TORCH_BOX(&cce::torch_api::tail_rows_cuda));
   m.impl("tail_classes", TORCH_BOX(&cce::torch_api::tail_classes_cuda));
   m.impl("tail_shapes", TORCH_BOX(&cce::torch_api::tail_shapes_cuda));
+  m.impl("tilt_ids", TORCH_BOX(&cce::torch_api::tilt_ids_cuda));
+  m.impl("tilt_", TORCH_BOX(&cce::torch_api::tilt_cuda));
   m.impl("add_rows_", TORCH_BOX(&cce::torch_api::add_rows_cuda));
 }

@@ -4,10 +4,12 @@
 // PyTorch. No atomics; sums in a fixed order.
 #include <algorithm>
 #include <cfloat>
+#include <cub/block/block_reduce.cuh>
 
 #include "cuda/common/convert.cuh"
 #include "cuda/common/row_gradient.cuh"
 #include "cuda/sparse/tail.h"
+#include "cuda/sparse/tail_steps.cuh"
 
 namespace cce::cuda {
 namespace {
@@ -96,6 +98,7 @@ __global__ void __launch_bounds__(kShapeThreads)
   const int64_t first = int64_t{blockIdx.x} * kGroupCols;
   const int width = static_cast<int>(min(p.vocab - first, int64_t{kGroupCols}));
   float mixed[kTailClasses][kShapeCols];
+  int64_t steps = 0;
 #pragma unroll
   for (int i = 0; i < kShapeCols; ++i) {
     const int col = i * kShapeThreads + threadIdx.x;
@@ -105,9 +108,14 @@ __global__ void __launch_bounds__(kShapeThreads)
       mixed[k][i] = col < width ? p.sums[k * p.vocab + first + col] : 0.0f;
       all += mixed[k][i];
     }
+    steps += tail_steps(all);
 #pragma unroll
     for (int k = 0; k < kTailClasses; ++k) mixed[k][i] = fmaf(p.shared, all, mixed[k][i]);
   }
+  using Sum = cub::BlockReduce<int64_t, kShapeThreads>;
+  __shared__ typename Sum::TempStorage storage;
+  steps = Sum(storage).Sum(steps);
+  if (p.totals && threadIdx.x == 0) p.totals[blockIdx.x] = steps;
 #pragma unroll
   for (int k = 0; k < kTailClasses; ++k) {
     float sum = 0.0f;

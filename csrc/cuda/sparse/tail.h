@@ -65,6 +65,7 @@ struct TailShapesParams {
   enum class Out { kBFloat16, kHalf, kFloat } dtype = Out::kBFloat16;
   void* shapes = nullptr;  // (kTailClasses (+ 1), ld); times kShapeLift if half
   int64_t ld = 0;
+  int64_t* totals = nullptr;  // (groups,): the ids' steps, or null
 };
 
 cudaError_t tail_shapes(const TailShapesParams& params, cudaStream_t stream);

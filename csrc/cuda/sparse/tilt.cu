@@ -1,0 +1,204 @@
+// The tail's tilt by a sample of ids: the ids (a block a group, each thread with nine neighbouring ones), the classes'
+// mean logits (32 ids a block, eight threads an id), then a warp a row, whose numbers stay in shared memory between three
+// passes. cce_ext/sparse/tail.py has the same steps in PyTorch. No atomics; sums in a fixed order.
+#include <algorithm>
+#include <cfloat>
+#include <cub/block/block_reduce.cuh>
+#include <cub/block/block_scan.cuh>
+
+#include "cuda/common/convert.cuh"
+#include "cuda/common/epilogue.cuh"
+#include "cuda/sparse/tail_steps.cuh"
+#include "cuda/sparse/tilt.h"
+
+namespace cce::cuda {
+namespace {
+
+constexpr int kIdThreads = 512, kIdCols = kGroupCols / kIdThreads;
+static_assert(kIdCols * kIdThreads == kGroupCols, "whole columns a thread");
+constexpr int kMeanCols = 32, kMeanParts = 8;
+constexpr int kRowWarps = 8;
+// Rows that drop less than this have no tail.
+constexpr float kNothing = 1e-30f;
+
+// How many of `count` aims, half a step and then a step apart, lie before x.
+__device__ __forceinline__ int aims_before(int64_t x, int64_t step, int count) {
+  const int64_t beyond = x - step / 2;
+  if (beyond <= 0) return 0;
+  return static_cast<int>(min((beyond + step - 1) / step, int64_t{count}));
+}
+
+__global__ void __launch_bounds__(kIdThreads) ids_kernel(const __grid_constant__ TiltIdsParams p) {
+  using Sum = cub::BlockReduce<int64_t, kIdThreads>;
+  using Scan = cub::BlockScan<int64_t, kIdThreads>;
+  __shared__ union {
+    typename Sum::TempStorage sum;
+    typename Scan::TempStorage scan;
+  } storage;
+  __shared__ int64_t before_group, all;
+  const int group = static_cast<int>(blockIdx.x);
+  int64_t before = 0, total = 0;
+  for (int g = threadIdx.x; g < p.groups; g += kIdThreads) {
+    total += p.totals[g];
+    if (g < group) before += p.totals[g];
+  }
+  before = Sum(storage.sum).Sum(before);
+  __syncthreads();
+  total = Sum(storage.sum).Sum(total);
+  if (threadIdx.x == 0) {
+    before_group = before;
+    all = total;
+  }
+  __syncthreads();
+  const int64_t step = all / p.count;
+  if (step == 0) {  // no tail: the id 0 alone
+    for (int j = threadIdx.x; group == 0 && j < p.count; j += kIdThreads) p.ids[j] = 0;
+    if (threadIdx.x == 0) p.first[group + 1] = p.count;
+    if (threadIdx.x == 0 && group == 0) p.first[0] = 0;
+    return;
+  }
+  const int64_t first = int64_t{group} * kGroupCols + threadIdx.x * kIdCols;
+  int64_t steps[kIdCols], mine = 0;
+#pragma unroll
+  for (int i = 0; i < kIdCols; ++i) {
+    float sum = 0.0f;
+    for (int k = 0; k < kTailClasses; ++k)
+      sum += first + i < p.vocab ? p.sums[k * p.vocab + first + i] : 0.0f;
+    mine += steps[i] = tail_steps(sum);
+  }
+  int64_t at;
+  Scan(storage.scan).ExclusiveSum(mine, at);
+  at += before_group;
+  int next = aims_before(at, step, p.count);
+  if (threadIdx.x == 0) p.first[group] = next;
+  if (threadIdx.x == 0 && group == p.groups - 1) p.first[p.groups] = p.count;
+#pragma unroll
+  for (int i = 0; i < kIdCols; ++i) {
+    at += steps[i];
+    for (const int end = aims_before(at, step, p.count); next < end; ++next)
+      p.ids[next] = first + i;
+  }
+}
+
+// The logit of a sampled id from its 16-bit product.
+template <typename T>
+__device__ __forceinline__ float logit_at(const TiltParams& p, int64_t row, int j) {
+  float x = widen(static_cast<const T*>(p.z)[row * p.ld + j]);
+  if (p.bias) x += p.bias[p.ids[j]];
+  x *= static_cast<float>(p.options.logit_scale);
+  const float cap = static_cast<float>(p.options.softcap);
+  return cap == 0.0f ? x : core::softcap<DeviceMath>(x, cap, 1.0f / cap);
+}
+
+// means[k, j]: over the sampled rows of class k, each with the mass that it stands for, and a little of all.
+template <typename T>
+__global__ void __launch_bounds__(kMeanCols* kMeanParts)
+    means_kernel(const __grid_constant__ TiltParams p) {
+  __shared__ float sums[kMeanParts][kTailClasses][kMeanCols];
+  __shared__ float weights[kMeanParts][kTailClasses];
+  const int lane = threadIdx.x % kMeanCols, part = threadIdx.x / kMeanCols;
+  const int j = static_cast<int>(blockIdx.x) * kMeanCols + lane;
+  float sum[kTailClasses] = {}, weight[kTailClasses] = {};
+  for (int s = part; s < p.samples; s += kMeanParts) {
+    const int64_t row = p.rows[s];
+    const int of = static_cast<int>(p.classes[row]);
+    const float w = p.weight[row] * p.row_mass[row];
+    const float z = j < p.count ? logit_at<T>(p, row, j) : 0.0f;
+#pragma unroll
+    for (int k = 0; k < kTailClasses; ++k) {
+      if (k != of || w == 0.0f) continue;
+      sum[k] = fmaf(w, z, sum[k]);
+      weight[k] += w;
+    }
+  }
+#pragma unroll
+  for (int k = 0; k < kTailClasses; ++k) {
+    sums[part][k][lane] = sum[k];
+    if (lane == 0) weights[part][k] = weight[k];
+  }
+  __syncthreads();
+  if (part != 0 || j >= p.count) return;
+  float sum_of_all = 0.0f, weight_of_all = 0.0f;
+#pragma unroll
+  for (int k = 0; k < kTailClasses; ++k) {
+    for (int i = 1; i < kMeanParts; ++i) {
+      sum[k] += sums[i][k][lane];
+      weight[k] += weights[i][k];
+    }
+    sum_of_all += sum[k];
+    weight_of_all += weight[k];
+  }
+#pragma unroll
+  for (int k = 0; k < kTailClasses; ++k) {
+    p.means[k * p.count + j] = fmaf(p.shared, sum_of_all, sum[k]) /
+                               fmaxf(fmaf(p.shared, weight_of_all, weight[k]), kNothing);
+  }
+}
+
+template <typename T>
+__global__ void __launch_bounds__(32 * kRowWarps)
+    rows_kernel(const __grid_constant__ TiltParams p) {
+  __shared__ float all[kRowWarps][kMaxTiltIds];
+  const int64_t row = static_cast<int64_t>(blockIdx.x) * kRowWarps + threadIdx.x / 32;
+  if (row >= p.n) return;
+  const int lane = threadIdx.x % 32;
+  float* x = all[threadIdx.x / 32];
+  T* out = static_cast<T*>(p.z) + row * p.ld;
+  const float a = p.a[row], whole = p.row_mass[row];
+  if (a == 0.0f || whole == 0.0f) {
+    for (int j = lane; j < p.count; j += 32) out[j] = narrow<T>(0.0f);
+    return;
+  }
+  const float* mean = p.means + p.classes[row] * p.count;
+  for (int j = lane; j < p.count; j += 32) x[j] = logit_at<T>(p, row, j) - mean[j];
+  __syncwarp();
+  // A lane a group: x above the group's mean, times the mass that each of its ids stands for.
+  float moment = 0.0f;
+  for (int g = lane; g < p.groups; g += 32) {
+    const int begin = p.first[g], end = p.first[g + 1];
+    if (begin == end) continue;
+    const float mass = p.mass[row * p.groups + g], each = 1.0f / static_cast<float>(end - begin);
+    float sum = 0.0f, squares = 0.0f;
+    for (int j = begin; j < end; ++j) sum += x[j];
+    for (int j = begin; j < end; ++j) {
+      const float off = x[j] - sum * each;
+      squares = fmaf(off, off, squares);
+      x[j] = mass == 0.0f ? 0.0f : off * mass * each;
+    }
+    if (mass != 0.0f) moment = fmaf(mass * each, squares, moment);
+  }
+#pragma unroll
+  for (int d = 16; d > 0; d /= 2) moment += __shfl_xor_sync(~0u, moment, d);
+  __syncwarp();
+  const float lift = p.dtype == Dtype::kHalf ? kShapeLift : 1.0f;
+  const float beta = p.strength / (1.0f + p.damping * moment / fmaxf(whole, kNothing));
+  const float factor =
+      beta * a * static_cast<float>(p.options.logit_scale) * lift / p.units[1];
+  for (int j = lane; j < p.count; j += 32) out[j] = narrow<T>(x[j] * factor);
+}
+
+template <typename T>
+cudaError_t launch(const TiltParams& p, cudaStream_t stream) {
+  means_kernel<T>
+      <<<(p.count + kMeanCols - 1) / kMeanCols, kMeanCols * kMeanParts, 0, stream>>>(p);
+  const int64_t blocks = (p.n + kRowWarps - 1) / kRowWarps;
+  rows_kernel<T><<<static_cast<unsigned>(blocks), 32 * kRowWarps, 0, stream>>>(p);
+  return cudaGetLastError();
+}
+
+}  // namespace
+
+cudaError_t tilt_ids(const TiltIdsParams& params, cudaStream_t stream) {
+  if (params.groups == 0 || params.count == 0) return cudaSuccess;
+  ids_kernel<<<params.groups, kIdThreads, 0, stream>>>(params);
+  return cudaGetLastError();
+}
+
+cudaError_t tilt_rows(const TiltParams& params, cudaStream_t stream) {
+  if (params.count > kMaxTiltIds) return cudaErrorInvalidValue;
+  if (params.n == 0 || params.count == 0) return cudaSuccess;
+  return params.dtype == Dtype::kBFloat16 ? launch<__nv_bfloat16>(params, stream)
+                                          : launch<__half>(params, stream);
+}
+
+}  // namespace cce::cuda
