@@ -34,6 +34,8 @@ def readable(t: Tensor, dtype: torch.dtype) -> Tensor:
     # What lies between two rows of a view may be anything, and rows may lie in one another.
     if t.dtype == dtype and pieces and cols % 8 == 0 and t.stride(0) >= cols:
         return t
+    if cols % 8 == 0:
+        return t.to(dtype, memory_format=torch.contiguous_format, copy=True)
     padded = t.new_zeros(rows, -(-cols // 8) * 8, dtype=dtype)
     padded[:, :cols].copy_(t)
     return padded[:, :cols]

@@ -102,9 +102,8 @@ def linear_cross_entropy(
         return_lse: also return the logsumexp of each token's logits, differentiable (for the
             z-loss).
         filter_eps: probability from which the backward of the compiled GPU kernels keeps an entry
-            of a token's distribution: "auto" (2⁻¹³ for bfloat16; 2⁻¹⁵ for float16 and low-rank
-            heads), "high" (2⁻¹⁵, for training from scratch), a number, or None for the exact
-            gradient. What the entries below weigh is not lost: their total is exact for each token
+            of a token's distribution: "auto" (2⁻¹³ for bfloat16; 2⁻¹⁵ for float16),
+            "high" (2⁻¹⁵), a number, or None for the exact gradient. What the entries below weigh is not lost: their total is exact for each token
             and each 4608 ids, and is spread as it is in a sample of tokens (cce_ext/sparse). Exact
             all the same: every other device and implementation; vocabularies of up to 16384 ids;
             label smoothing under a softcap; shards of up to 8192 ids; calls whose tokens are so
@@ -162,9 +161,7 @@ def linear_cross_entropy(
         targets = F.pad(targets[..., shift:], (0, shift), value=ignore_index)
     flat_targets = targets.reshape(-1)
     flat_e = e.reshape(flat_targets.shape[0], e.shape[-1])
-    resolved = resolve_filter(
-        name, filter_eps, filter_e_grad, filter_c_grad, _compute_dtype(e), bool(head.adapters)
-    )
+    resolved = resolve_filter(name, filter_eps, filter_e_grad, filter_c_grad, _compute_dtype(e))
     facts = dict(
         device=str(e.device),
         dtype=str(e.dtype),

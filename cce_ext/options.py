@@ -70,10 +70,10 @@ def implementation_name(impl: str | LinearCrossEntropyImpl) -> str:
     return name
 
 
-def resolve_eps(filter_eps: float | str | None, dtype: torch.dtype, low_rank: bool) -> float | None:
+def resolve_eps(filter_eps: float | str | None, dtype: torch.dtype) -> float | None:
     """The filter threshold as a probability.
 
-    "auto": 2⁻¹³ for bfloat16, 2⁻¹⁵ for float16 and wherever a low-rank head is trained; "high": 2⁻¹⁵; None: exact.
+    "auto": 2⁻¹³ for bfloat16, 2⁻¹⁵ for float16; "high": 2⁻¹⁵; None: exact.
 
     Raises:
         ValueError: another string, a negative number or NaN.
@@ -82,7 +82,7 @@ def resolve_eps(filter_eps: float | str | None, dtype: torch.dtype, low_rank: bo
     if filter_eps is None:
         return None
     if filter_eps == "auto":
-        return 2.0**-13 if dtype == torch.bfloat16 and not low_rank else 2.0**-15
+        return 2.0**-13 if dtype == torch.bfloat16 else 2.0**-15
     if filter_eps == "high":
         return 2.0**-15
     if isinstance(filter_eps, str):
@@ -102,15 +102,14 @@ def resolve_filter(
     filter_e_grad: bool,
     filter_c_grad: bool,
     dtype: torch.dtype,
-    low_rank: bool,
 ) -> Filter:
     """What a preset and the caller's options come to. A preset other than "cce" overrides the
     options, as published."""
-    eps = resolve_eps(filter_eps, dtype, low_rank)
+    eps = resolve_eps(filter_eps, dtype)
     preset = PRESETS.get(impl, (False, False))
     if preset is not None:
         filter_e_grad, filter_c_grad = preset
         if filter_e_grad or filter_c_grad:
-            eps = resolve_eps("auto", dtype, low_rank)
+            eps = resolve_eps("auto", dtype)
     filters = eps is not None and (filter_e_grad or filter_c_grad)
     return Filter(eps if filters else None, filters and filter_e_grad, filters and filter_c_grad)

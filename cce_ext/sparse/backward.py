@@ -14,7 +14,7 @@ from cce_ext.options import LossOptions
 from cce_ext.sparse import history, products, tail
 from cce_ext.sparse.forward import Lists
 
-# Bytes of a chunk of the sampled rows' tails.
+# Bytes of a chunk of the sampled rows' tails, and of the rows of a float32 adapter that it takes.
 _TAIL_BYTES = 48 << 20
 # Lifts the sampled tails, whose rows add up to about 1, out of float16's smallest numbers.
 _LIFT = 2.0**10
@@ -29,7 +29,7 @@ class _Call(NamedTuple):
     lse: Tensor
     bias: Tensor | None  # float32
     u: Tensor | None
-    lora_b: Tensor | None  # e's dtype
+    lora_b: Tensor | None  # e's dtype, or float32: rows are rounded where they are multiplied
     options: LossOptions
     vocab: tuple[int, int]  # first id, size of the whole vocabulary
     eps: float
@@ -128,7 +128,7 @@ def _sparse(
         lse.contiguous(),
         None if bias is None else bias.float().contiguous(),
         None if u is None else readable(u, e.dtype),
-        None if lora_b is None else readable(lora_b, e.dtype),
+        None if lora_b is None else _rows_of_adapter(lora_b, e.dtype),
         LossOptions(ignore_index, softcap, logit_scale, label_smoothing),
         (vocab_start, total),
         eps,
@@ -236,7 +236,7 @@ def _tilt(
 ) -> products.Tilt:
     """See `tail.tilt`; of the logits of the sampled ids in 16 bits."""
     c = call.c[ids]
-    lora_b = None if call.lora_b is None else call.lora_b[ids]
+    lora_b = None if call.lora_b is None else call.lora_b[ids].to(call.e.dtype)
     rows = torch.mm(call.e, c.T)
     if lora_b is not None:
         rows.addmm_(call.u, lora_b.T)
@@ -253,9 +253,10 @@ def _sampled_tails(
     """(K, V): what the sampled rows drop, times their weight, summed by class; call: of these rows
     alone, R of them; member (K, R) ones and zeros."""
     v, size, o = call.c.shape[0], order.shape[0], call.options
+    rank = 0 if call.lora_b is None else call.lora_b.shape[1]
     sums = torch.empty(member.shape[0], v, device=order.device, dtype=torch.float32)
     tile = torch.ops.cce.column_tile(call.e)
-    step = max(tile, _TAIL_BYTES // (2 * size) // tile * tile)
+    step = max(tile, _TAIL_BYTES // (2 * (size + rank)) // tile * tile)
     width = -(-min(step, v) // 8) * 8
     buffer = torch.empty(size, width, device=order.device, dtype=call.e.dtype)
     for first in range(0, v, step):
@@ -264,12 +265,19 @@ def _sampled_tails(
         torch.ops.cce.dlogits_(
             part, call.e, call.c[columns],
             None if call.bias is None else call.bias[columns],
-            call.u, None if call.lora_b is None else call.lora_b[columns],
+            call.u, None if call.lora_b is None else readable(call.lora_b[columns], call.e.dtype),
             order, count, records, first, o.softcap, o.logit_scale, o.label_smoothing,
             tail_eps=call.eps,
         )  # fmt: skip
         torch.mm(member, part, out_dtype=torch.float32, out=sums[:, columns])
     return sums
+
+
+def _rows_of_adapter(lora_b: Tensor, dtype: torch.dtype) -> Tensor:
+    """lora_b (V, R) without a copy where it is float32, as adapters usually are."""
+    if lora_b.dtype == torch.float32 and lora_b.stride(1) == 1:
+        return lora_b
+    return readable(lora_b, dtype)
 
 
 class _Kept(NamedTuple):

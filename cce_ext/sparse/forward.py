@@ -23,7 +23,7 @@ from cce_ext.sparse import tail
 # Columns at equal distances, and targets of the batch, whose logits bound the lse from below.
 SAMPLED_COLUMNS = SAMPLED_TARGETS = 1024
 # Rows whose sampled logits are in memory at a time.
-_BOUND_ROWS = 4096
+_BOUND_ROWS = 8192
 ROW_BLOCK = 128
 #: ids whose kept entries are multiplied as a dense matrix: on trained heads they have 60 % of all
 HOT_IDS = 1024

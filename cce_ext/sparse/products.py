@@ -15,8 +15,8 @@ from torch import Tensor
 
 from cce_ext.sparse.tail import GROUP, wide_mm
 
-# Groups at a time where a gradient is wider than its factors.
-_STRETCH = 8
+# Groups at a time where a matrix is wider than the factors.
+_STRETCH = 16
 
 
 class Factors(NamedTuple):
@@ -44,24 +44,32 @@ class Tilt(NamedTuple):
 
 def row_gradient(factors: Factors, tilt: Tensor, weight: Tensor, tilted: Tensor) -> Tensor:
     """(N, width): what tail and hot ids add to a gradient by rows, Σ_j g[n, j] weight[j]; weight
-    (V, width), tilt (N, J) and tilted (J, width) as in `Tilt`."""
+    (V, width), which may be wider than the factors; tilt (N, J) and tilted (J, width) as in
+    `Tilt`."""
     rows, shape, hot, units = factors
     kinds, whole = shape.shape[0], weight.shape[0] // GROUP
-    other = weight.new_empty(rows.shape[1], weight.shape[1])
+    other = rows.new_empty(rows.shape[1], weight.shape[1])
     count = hot.shape[0]
-    torch.index_select(weight, 0, hot, out=other[:count])
+    if weight.dtype == rows.dtype:
+        torch.index_select(weight, 0, hot, out=other[:count])
+    else:
+        other[:count] = weight[hot]
     centers, end = other[count:], whole * GROUP
-    if whole:
-        grouped = shape[:, :end].unflatten(1, (whole, GROUP)).transpose(0, 1)
-        to = centers[: whole * kinds].unflatten(0, (whole, kinds))
-        torch.bmm(grouped, weight[:end].unflatten(0, (whole, GROUP)), out=to)
+    # What must be rounded first goes through a stretch of groups at a time, not through a copy of it all.
+    step = max(whole, 1) if weight.dtype == rows.dtype else _STRETCH
+    for first in range(0, whole, step):
+        last = min(first + step, whole)
+        ids = slice(first * GROUP, last * GROUP)
+        grouped = shape[:, ids].unflatten(1, (last - first, GROUP)).transpose(0, 1)
+        to = centers[first * kinds : last * kinds].unflatten(0, (last - first, kinds))
+        torch.bmm(grouped, weight[ids].to(rows.dtype).unflatten(0, (last - first, GROUP)), out=to)
     if weight.shape[0] > end:
-        torch.mm(shape[:, end:], weight[end:], out=centers[whole * kinds :])
-    if weight.dtype != torch.float16:  # needs no units: one product, rounded once
+        torch.mm(shape[:, end:], weight[end:].to(rows.dtype), out=centers[whole * kinds :])
+    if rows.dtype != torch.float16:  # needs no units: one product, rounded once
         return (rows @ other).addmm_(tilt, tilted)
     total = wide_mm(rows[:, count:], centers).add_(wide_mm(tilt, tilted)).mul_(units[2])
     total.addcmul_(wide_mm(rows[:, :count], other[:count]), units[0])
-    return total.to(weight.dtype)
+    return total.to(rows.dtype)
 
 
 def column_gradient(factors: Factors, hidden: Tensor, out: Tensor) -> Tensor:
@@ -77,21 +85,20 @@ def column_gradient(factors: Factors, hidden: Tensor, out: Tensor) -> Tensor:
         centers = centers * units[2]
     centers = centers.to(hidden.dtype).unflatten(0, (-1, shape.shape[0]))  # (G, K, width)
     whole = out.shape[0] // GROUP
-    # A wider output goes through a stretch of groups at a time, not through a second array of its size.
-    step = max(whole, 1) if out.dtype == hidden.dtype else _STRETCH
-    for first in range(0, whole, step):
-        last = min(first + step, whole)
-        ids = slice(first * GROUP, last * GROUP)
-        grouped = shape[:, ids].T.unflatten(0, (last - first, GROUP))
-        to = out[ids].unflatten(0, (last - first, GROUP))
-        if out.dtype == hidden.dtype:
-            torch.bmm(grouped, centers[first:last], out=to)
-        else:
-            to.copy_(torch.bmm(grouped, centers[first:last]))
+    if whole:
+        grouped = shape[:, : whole * GROUP].T.unflatten(0, (whole, GROUP))
+        _bmm(grouped, centers[:whole], out[: whole * GROUP].unflatten(0, (whole, GROUP)))
     ids = slice(whole * GROUP, None)
     if out.shape[0] % GROUP:
-        if out.dtype == hidden.dtype:
-            torch.mm(shape[:, ids].T, centers[-1], out=out[ids])
-        else:
-            out[ids] = shape[:, ids].T @ centers[-1]
+        _bmm(shape[:, ids].T[None], centers[-1:], out[ids][None])
     return product[: hot.shape[0]]
+
+
+def _bmm(a: Tensor, b: Tensor, out: Tensor) -> None:
+    """out = a @ b, batched; out may be wider than they are."""
+    if out.dtype == a.dtype:
+        torch.bmm(a, b, out=out)
+    elif a.device.type == "cuda":
+        torch.bmm(a, b, out_dtype=out.dtype, out=out)
+    else:
+        out.copy_(torch.bmm(a, b))

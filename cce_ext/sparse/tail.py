@@ -124,9 +124,9 @@ def shapes(weights: Tensor) -> Tensor:
 
 
 def tilt_size(vocab: int) -> int:
-    """How many ids are sampled for the tilt: more where their products are cheap beside the whole
-    vocabulary's."""
-    return min(vocab, 1024 if vocab >= 2**16 else 512)
+    """How many ids are sampled for the tilt: a 256th, so that its two products cost less than 1 % of the
+    whole vocabulary's, but 512 at least and 1024 at most."""
+    return min(vocab, max(512, min(1024, vocab // 256 // 8 * 8)))
 
 
 class TiltIds(NamedTuple):

@@ -133,7 +133,7 @@ def cce_patch(
     """
     checks.check_reduction(reduction)
     name = implementation_name(impl)
-    resolve_filter(name, filter_eps, filter_e_grad, filter_c_grad, torch.bfloat16, False)
+    resolve_filter(name, filter_eps, filter_e_grad, filter_c_grad, torch.bfloat16)
     options = Options(
         name,
         reduction,

@@ -101,6 +101,10 @@ struct ExactRowsParams {
   Gradient de, du;                    // rows of the list are overwritten
   Gradient dc, dlora_b;               // are added to
   float* dbias = nullptr;             // (cols,), is added to
+  // B in float32, lora_b32_ld apart, or null: then the head's lora_b, which has no data, is made of it, a stretch of
+  // columns at a time.
+  const float* lora_b32 = nullptr;
+  int64_t lora_b32_ld = 0;
   void* workspace = nullptr;          // exact_rows_workspace bytes
 };
 
@@ -108,14 +112,15 @@ struct ExactRowsParams {
 constexpr int kExactRows = 2048, kExactCols = 8192;
 constexpr int64_t kExactBarrierBytes = 256;
 
-// The workspace: a counter, the fp32 sums of that many rows of dE, then of dU, then the logit gradients, which are copied 16
-// bytes at a time.
+// The workspace: a counter, the fp32 sums of that many rows of dE, then of dU, then the logit gradients and kExactCols rows
+// of B, lora_b_ld apart, both of which are copied 16 bytes at a time.
 constexpr int64_t rows_at_a_time(int64_t n) { return n < kExactRows ? n : kExactRows; }
 constexpr int64_t exact_sums(int64_t n, int64_t row_widths) {
   return (rows_at_a_time(n) * row_widths + 3) / 4 * 4;
 }
-inline int64_t exact_rows_workspace(int64_t n, int64_t row_widths) {
-  return kExactBarrierBytes + 2 * rows_at_a_time(n) * kExactCols + 4 * exact_sums(n, row_widths);
+inline int64_t exact_rows_workspace(int64_t n, int64_t row_widths, int64_t lora_b_ld) {
+  return kExactBarrierBytes + 2 * (rows_at_a_time(n) + lora_b_ld) * kExactCols +
+         4 * exact_sums(n, row_widths);
 }
 
 }  // namespace cce::cuda

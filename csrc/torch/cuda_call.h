@@ -233,13 +233,16 @@ inline void fill_partials(const Inputs& in, const cuda::Backend& backend, const 
 inline Tensor gather_target_logits(const Inputs& in, const Order& order, const Tensor& bias,
                                    cudaStream_t stream) {
   Tensor result = empty(in.e, {in.n}, ScalarType::Float);
-  // The gather reads a few rows of B only, but in the head's dtype, as the mainloop does.
-  const Tensor b = in.lora_b ? cast(*in.lora_b, in.e.scalar_type()) : Tensor();
+  // A few rows of B alone are read: of the usual float32 adapter no copy is made.
+  const bool wide_b = in.lora_b && in.lora_b->scalar_type() == ScalarType::Float;
+  const Tensor b =
+      !in.lora_b ? Tensor() : wide_b ? *in.lora_b : cast(*in.lora_b, in.e.scalar_type());
   cuda::TargetLogitParams p;
   p.dtype = kernel_dtype(in.e);
   p.e = strided(in.e);
   p.c = strided(in.c);
   if (in.u) p.u = strided(*in.u), p.lora_b = strided(b);
+  p.lora_b_fp32 = wide_b;
   p.bias = bias.defined() ? floats(bias) : nullptr;
   p.targets = in.targets.const_data_ptr<int64_t>();
   p.order = order.view();
@@ -314,8 +317,10 @@ inline cuda::Head readable_head(const Tensor& e, const Tensor& c, const std::opt
   head.c = matrix(c);
   if (u) {
     check_readable(*u, e, "u");
-    check_readable(*lora_b, e, "lora_b");
     head.u = matrix(*u);
+  }
+  if (lora_b) {
+    check_readable(*lora_b, e, "lora_b");
     head.lora_b = matrix(*lora_b);
   }
   head.bias = fp32_vector(bias, "bias");

@@ -119,12 +119,15 @@ void gather_cuda(Tensor out, Tensor source, Tensor first, std::optional<Tensor> 
   STD_TORCH_CHECK(out.size(1) == source.size(1) && out.stride(1) == 1 && source.stride(1) == 1,
                   "out and source must have the same columns, one beside the other");
   cuda::GatherParams p;
-  p.dtype = kernel_dtype(source);
+  p.source_fp32 = source.scalar_type() == ScalarType::Float;
+  p.out_fp32 = out.scalar_type() == ScalarType::Float;
+  if (!p.source_fp32 || !p.out_fp32) p.dtype = kernel_dtype(p.source_fp32 ? out : source);
+  STD_TORCH_CHECK(p.source_fp32 || p.out_fp32 || out.scalar_type() == source.scalar_type(),
+                  "out must be float32 or of source's dtype");
   p.source = source.const_data_ptr();
   p.source_ld = source.stride(0);
   p.out = out.mutable_data_ptr();
   p.out_ld = out.stride(0);
-  p.out_fp32 = is_fp32_beside(out, source, "out");
   p.width = static_cast<int>(source.size(1));
   p.first = i32(first, "first");
   if (last) p.last = i32(*last, "last");
@@ -157,7 +160,7 @@ cuda::Gradient gradient(const std::optional<Tensor>& t, const Tensor& e, const c
   return g;
 }
 
-// See the schema. All matrices readable as they are.
+// See the schema. All matrices readable as they are, but lora_b may be float32, its rows of any length.
 void exact_rows_cuda(std::optional<Tensor> de, std::optional<Tensor> dc,
                      std::optional<Tensor> dbias, std::optional<Tensor> du,
                      std::optional<Tensor> dlora_b, Tensor e, Tensor c, std::optional<Tensor> bias,
@@ -168,8 +171,17 @@ void exact_rows_cuda(std::optional<Tensor> de, std::optional<Tensor> dc,
                      int64_t vocab_total) {
   const Guard guard(e.get_device_index());
   cuda::ExactRowsParams p;
-  p.head = readable_head(e, c, bias, u, lora_b, row_order, row_count, softcap, logit_scale,
-                         label_smoothing);
+  const bool wide_b = lora_b && lora_b->scalar_type() == ScalarType::Float;
+  p.head = readable_head(e, c, bias, u, wide_b ? std::nullopt : lora_b, row_order, row_count,
+                         softcap, logit_scale, label_smoothing);
+  if (wide_b) {
+    STD_TORCH_CHECK(lora_b->stride(1) == 1, "lora_b must be stored row by row");
+    p.lora_b32 = static_cast<const float*>(lora_b->const_data_ptr());
+    p.lora_b32_ld = lora_b->stride(0);
+    p.head.lora_b.rows = lora_b->size(0);
+    p.head.lora_b.cols = lora_b->size(1);
+    p.head.lora_b.ld = ceil_div(lora_b->size(1), 8) * 8;
+  }
   const Tensor records =
       row_records(dnll, dlse, lse, targets, row_order, row_count, c.size(0),
                   {softcap, logit_scale, label_smoothing, ignore_index, vocab_start, vocab_total});
@@ -181,7 +193,8 @@ void exact_rows_cuda(std::optional<Tensor> de, std::optional<Tensor> dc,
   p.dlora_b = gradient(dlora_b, e, "dlora_b");
   if (dbias) p.dbias = f32(*dbias, "dbias");
   Tensor workspace =
-      empty(e, {cuda::exact_rows_workspace(p.n, p.de.width + p.du.width)}, ScalarType::Byte);
+      empty(e, {cuda::exact_rows_workspace(p.n, p.de.width + p.du.width, p.head.lora_b.ld)},
+            ScalarType::Byte);
   p.workspace = workspace.mutable_data_ptr();
   check_cuda(backend().exact_rows(p, stream_of(e)), "exact_rows");
 }

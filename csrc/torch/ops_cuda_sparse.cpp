@@ -178,18 +178,10 @@ void sort_pairs(const Tensor& like, const Key* keys, const Value* values, Key* k
 std::tuple<Tensor, Tensor> choose_hot(const Tensor& column_counts, int64_t n, int64_t hot,
                                       cudaStream_t stream) {
   const int64_t vocab = column_counts.size(0);
-  const auto ints = [&] { return empty(column_counts, {vocab}, ScalarType::Int); };
-  const Tensor keys = ints(), ids = ints(), sorted_keys = ints(), ranked = ints();
-  check_cuda(cuda::hot_keys(i32(column_counts, "column_counts"), n, vocab, i32(keys, "keys"),
-                            i32(ids, "ids"), stream),
-             "hot_keys");
-  sort_pairs(column_counts, i32(keys, "keys"), i32(ids, "ids"), i32(sorted_keys, "keys"),
-             i32(ranked, "ranked"), vocab, bit_length(n));
   const Tensor hot_ids = empty(column_counts, {hot}, ScalarType::Long);
-  const Tensor slots = ints();
-  check_cuda(cudaMemsetAsync(i32(slots, "slots"), 0xff, 4 * vocab, stream), "slots");
-  check_cuda(cuda::hot_ids(i32(ranked, "ranked"), hot, i64(hot_ids, "hot_ids"), i32(slots, "slots"),
-                           stream),
+  const Tensor slots = empty(column_counts, {vocab}, ScalarType::Int);
+  check_cuda(cuda::hot_ids(i32(column_counts, "column_counts"), n, hot, vocab,
+                           i64(hot_ids, "hot_ids"), i32(slots, "slots"), stream),
              "hot_ids");
   return {hot_ids, slots};
 }

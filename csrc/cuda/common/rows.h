@@ -53,7 +53,8 @@ struct StridedMatrix {
 
 struct TargetLogitParams {
   Dtype dtype = Dtype::kBFloat16;
-  StridedMatrix e, c, u, lora_b;  // lora_b in the head's dtype
+  StridedMatrix e, c, u, lora_b;
+  bool lora_b_fp32 = false;       // rounded to the head's dtype, as the mainloop's is
   const float* bias = nullptr;    // (V,) or null
   const int64_t* targets = nullptr;
   RowOrder order;

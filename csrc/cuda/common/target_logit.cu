@@ -1,8 +1,6 @@
 // The logit at each row's target. One warp a row: lanes stride over K, fp32 products and sums, a butterfly at the end.
 // No shared memory. Rows may have any strides; 16-byte loads where all rows allow them.
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-
+#include "cuda/common/convert.cuh"
 #include "cuda/common/epilogue.cuh"
 #include "cuda/common/rows.h"
 
@@ -11,28 +9,44 @@ namespace {
 
 constexpr int kThreads = 128;
 
-__device__ __forceinline__ float widen(__nv_bfloat16 x) { return __bfloat162float(x); }
-__device__ __forceinline__ float widen(__half x) { return __half2float(x); }
+template <typename T>
+__device__ __forceinline__ T narrowed(T x) {
+  return x;
+}
+template <typename T>
+__device__ __forceinline__ T narrowed(float x) {
+  return narrow<T>(x);
+}
 
-// This lane's part of the dot product of row `a_row` of a and row `b_row` of b.
-template <typename T, int kVector>
+// Eight neighbouring numbers.
+template <typename T>
+struct Piece {
+  alignas(16) T x[8];
+
+  __device__ __forceinline__ explicit Piece(const T* from) {
+#pragma unroll
+    for (int i = 0; i < static_cast<int>(sizeof(x) / 16); ++i)
+      reinterpret_cast<uint4*>(x)[i] = __ldg(reinterpret_cast<const uint4*>(from) + i);
+  }
+};
+
+// This lane's part of the dot product of row `a_row` of a and row `b_row` of b, whose numbers are rounded to T.
+template <typename T, typename Other, int kVector>
 __device__ __forceinline__ float lane_dot(const StridedMatrix& a, int64_t a_row,
                                           const StridedMatrix& b, int64_t b_row) {
   const T* x = static_cast<const T*>(a.data) + a_row * a.row_stride;
-  const T* y = static_cast<const T*>(b.data) + b_row * b.row_stride;
+  const Other* y = static_cast<const Other*>(b.data) + b_row * b.row_stride;
   float sum = 0.0f;
   if constexpr (kVector == 8) {
     for (int64_t k = threadIdx.x % 32 * 8; k < a.cols; k += 256) {
-      const uint4 p = __ldg(reinterpret_cast<const uint4*>(x + k)),
-                  q = __ldg(reinterpret_cast<const uint4*>(y + k));
-      const T* pt = reinterpret_cast<const T*>(&p);
-      const T* qt = reinterpret_cast<const T*>(&q);
+      const Piece<T> p(x + k);
+      const Piece<Other> q(y + k);
 #pragma unroll
-      for (int i = 0; i < 8; ++i) sum = fmaf(widen(pt[i]), widen(qt[i]), sum);
+      for (int i = 0; i < 8; ++i) sum = fmaf(widen(p.x[i]), widen(narrowed<T>(q.x[i])), sum);
     }
   } else {
     for (int64_t k = threadIdx.x % 32; k < a.cols; k += 32) {
-      sum = fmaf(widen(x[k * a.col_stride]), widen(y[k * b.col_stride]), sum);
+      sum = fmaf(widen(x[k * a.col_stride]), widen(narrowed<T>(y[k * b.col_stride])), sum);
     }
   }
   return sum;
@@ -49,8 +63,11 @@ __global__ void __launch_bounds__(kThreads)
   float z = kind == core::TargetKind::kInvalid ? NAN : 0.0f;
   if (kind == core::TargetKind::kHere) {
     const int64_t local = target - p.options.vocab_start;
-    float x = lane_dot<T, kVector>(p.e, row, p.c, local);
-    if (p.u.cols > 0) x += lane_dot<T, kVector>(p.u, row, p.lora_b, local);
+    float x = lane_dot<T, T, kVector>(p.e, row, p.c, local);
+    if (p.u.cols > 0) {
+      x += p.lora_b_fp32 ? lane_dot<T, float, kVector>(p.u, row, p.lora_b, local)
+                         : lane_dot<T, T, kVector>(p.u, row, p.lora_b, local);
+    }
 #pragma unroll
     for (int d = 16; d > 0; d /= 2) x += __shfl_xor_sync(~0u, x, d);
     if (p.bias) x += p.bias[local];

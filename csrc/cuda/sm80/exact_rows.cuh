@@ -4,8 +4,8 @@
 // Persistent and cooperative, one block a multiprocessor, eight warps. Recompute: sm80/backward (tiles 128 x 256, units dealt
 // out in turn). Products: sm80/product (tiles 128 x 256 of dE, dU, dC, dB, taken from a counter, long ones first; who
 // computes a tile does not matter to its sum). Shared memory: the pipeline and two sets of row records, used by both in
-// turn, and a few words that thread 0 fills. Barrier protocol: a grid barrier after each of the two phases; the counter is
-// cleared during the recompute. Registers: all of them; up to 40 bytes a thread are spilled, outside the loops over K. Numbers
+// turn, and a few words that thread 0 fills. Barrier protocol: a grid barrier after each of the two phases, and before them
+// one after the rounding of B's rows where B is float32; the counter is cleared during the recompute. Registers: all of them; up to 40 bytes a thread are spilled, outside the loops over K. Numbers
 // that another block may have written are read past the first-level cache.
 #pragma once
 
@@ -27,6 +27,7 @@ template <typename T>
 struct Plan {
   Patch at;
   T* g;         // (kExactRows, kExactCols)
+  T* lora_b;    // (kExactCols, ld), where B is float32
   float* sums;  // (kExactRows, width) of dE, then of dU
   Work work;    // the recompute's, with the next three
   LogitParams logits;
@@ -120,11 +121,11 @@ __device__ __forceinline__ const T* rows_from(const Matrix& m, int64_t row) {
 template <typename T>
 __device__ void set_inputs(const ExactRowsParams& p, Plan<T>& plan, bool rows, bool low_rank) {
   const Matrix& other =
-      rows ? (low_rank ? p.head.lora_b : p.head.c) : (low_rank ? p.head.u : p.head.e);
+      rows ? (low_rank ? plan.work.lora_b : plan.work.c) : (low_rank ? p.head.u : p.head.e);
   ProductInputs<T>& in = plan.inputs;
   in.a = plan.g;
   in.lda = kExactCols;
-  in.b = rows_from<T>(other, rows ? plan.at.col0 : 0);
+  in.b = static_cast<const T*>(other.data);
   in.ldb = other.ld;
   in.b_rows = rows ? nullptr : p.head.order.rows + plan.at.row0;
   in.m = rows ? plan.at.rows : plan.at.cols;
@@ -184,6 +185,7 @@ __device__ void set_plan(const ExactRowsParams& p, Plan<T>& plan, int row0, int 
   at.last = col0 + at.cols == vocab;
   plan.sums = reinterpret_cast<float*>(static_cast<char*>(p.workspace) + kExactBarrierBytes);
   plan.g = reinterpret_cast<T*>(plan.sums + exact_sums(p.n, widths));
+  plan.lora_b = plan.g + rows_at_a_time(p.n) * kExactCols;
   Work& work = plan.work;
   work.e = p.head.e;
   work.u = p.head.u;
@@ -192,6 +194,7 @@ __device__ void set_plan(const ExactRowsParams& p, Plan<T>& plan, int row0, int 
   work.c.rows = at.cols;
   work.lora_b = p.head.lora_b;
   if (p.head.lora_b.data) work.lora_b.data = rows_from<T>(p.head.lora_b, col0);
+  if (p.lora_b32) work.lora_b.data = plan.lora_b;
   work.lora_b.rows = at.cols;
   work.row_order = p.head.order.rows + row0;
   work.n = at.rows;
@@ -203,6 +206,17 @@ __device__ void set_plan(const ExactRowsParams& p, Plan<T>& plan, int row0, int 
   plan.out = {plan.g, kExactCols, true, 0.0f};
   plan.records = p.rows + row0;
   if (blockIdx.x == 0) *static_cast<int*>(p.workspace) = 0;
+}
+
+// The stretch's rows of B in the head's dtype, with zeros up to a whole piece; all blocks.
+template <typename T>
+__device__ __forceinline__ void round_lora_b(const ExactRowsParams& p, const Plan<T>& plan) {
+  const int64_t rank = p.head.lora_b.cols, ld = p.head.lora_b.ld;
+  const float* from = p.lora_b32 + plan.at.col0 * p.lora_b32_ld;
+  for (int row = blockIdx.x; row < plan.at.cols; row += gridDim.x) {
+    for (int64_t i = threadIdx.x; i < ld; i += blockDim.x)
+      plan.lora_b[row * ld + i] = static_cast<T>(i < rank ? from[row * p.lora_b32_ld + i] : 0.0f);
+  }
 }
 
 template <typename T, typename Config>
@@ -217,6 +231,10 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
   while (row0 < *p.head.order.count) {
     if (threadIdx.x == 0) set_plan<T, Config>(p, plan, row0, col0);
     __syncthreads();
+    if (p.lora_b32) {
+      round_lora_b(p, plan);
+      cooperative_groups::this_grid().sync();
+    }
     recompute_tiles<T, Config, Epilogue::kGeneral>(plan.work, plan.at.rows, plan.logits,
                                                    plan.records, plan.at.col0, plan.out, shared);
     cooperative_groups::this_grid().sync();

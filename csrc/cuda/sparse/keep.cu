@@ -10,7 +10,7 @@ namespace cce::cuda {
 namespace {
 
 constexpr int kRows = kRowBlock, kThreads = 256;
-constexpr int kVotingStep = 4;  // of so many row blocks one says which ids are kept by most rows
+constexpr int kVotingStep = 8;  // of so many row blocks one says which ids are kept by most rows
 
 // What one row block's threads need to know of its rows.
 struct Rows {

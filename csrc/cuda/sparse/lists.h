@@ -88,12 +88,10 @@ struct PlaceParams {
 // Where count_kept's entries go.
 cudaError_t place_kept(const PlaceParams& params, cudaStream_t stream);
 
-// Keys (V,) that sort ids (V,) by falling count, the smaller id first; no count exceeds n.
-cudaError_t hot_keys(const int32_t* counts, int64_t n, int64_t vocab, int32_t* keys, int32_t* ids,
-                     cudaStream_t stream);
-// The first `hot` (at most 1024) ids of that order, ascending, and their places in slots (V,), which holds -1.
-cudaError_t hot_ids(const int32_t* ranked, int64_t hot, int64_t* ids, int32_t* slots,
-                    cudaStream_t stream);
+// The `hot` ids with the largest counts (V,), the smaller id first, ascending, and their places in slots (V,), -1 for the
+// others; no count exceeds n, which is less than 2^24.
+cudaError_t hot_ids(const int32_t* counts, int64_t n, int64_t hot, int64_t vocab, int64_t* ids,
+                    int32_t* slots, cudaStream_t stream);
 
 struct UnpackParams {
   const int64_t* keys = nullptr;  // (capacity,), sorted; all ones: unused
@@ -206,7 +204,7 @@ struct GatherParams {
   int64_t source_ld = 0;
   void* out = nullptr;  // (segments, width)
   int64_t out_ld = 0;
-  bool out_fp32 = false;  // out is float instead
+  bool source_fp32 = false, out_fp32 = false;  // float instead
   int width = 0;
   const int32_t* first = nullptr;  // (segments + 1,): where a segment's entries start
   const int32_t* last = nullptr;   // (segments,): where they end; null: where the next one's start

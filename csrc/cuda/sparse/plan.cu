@@ -14,27 +14,27 @@ constexpr int kBlock = 1024, kThreads = 256;
 // Sampled columns: equal steps through the vocabulary, then the distinct ids among targets at equal steps through the rows.
 __global__ void __launch_bounds__(kBlock)
     bound_columns_kernel(const __grid_constant__ BoundColumnsParams p) {
-  using Sort = cub::BlockRadixSort<int64_t, kBlock, 1>;
+  using Sort = cub::BlockRadixSort<uint32_t, kBlock, 1>;
   __shared__ typename Sort::TempStorage storage;
-  __shared__ int64_t sorted[kBlock];
+  __shared__ uint32_t sorted[kBlock];
   const int i = threadIdx.x;
   for (int c = i; c < p.strided; c += kBlock) {
     p.ids[c] = static_cast<int64_t>(c) * p.vocab / p.strided;
     p.counts[c] = 1;
   }
-  constexpr int64_t kNone = int64_t{1} << 62;
-  int64_t id[1] = {kNone};
+  const auto none = static_cast<uint32_t>(p.vocab);  // beyond all ids
+  uint32_t id[1] = {none};
   if (i < p.sampled) {
     const int64_t place = static_cast<int64_t>(i) * *p.order.count / p.sampled;
     const int64_t local = p.targets[p.order.rows[place]] - p.vocab_start;
-    if (local >= 0 && local < p.vocab) id[0] = local;
+    if (local >= 0 && local < p.vocab) id[0] = static_cast<uint32_t>(local);
   }
-  Sort(storage).Sort(id);
+  Sort(storage).Sort(id, 0, 32 - __clz(none));
   sorted[i] = id[0];
   __syncthreads();
   if (i >= p.sampled) return;
-  const bool fresh = id[0] != kNone && (i == 0 || sorted[i - 1] != id[0]);
-  p.ids[p.strided + i] = id[0] == kNone ? 0 : id[0];
+  const bool fresh = id[0] != none && (i == 0 || sorted[i - 1] != id[0]);
+  p.ids[p.strided + i] = id[0] == none ? 0 : id[0];
   p.counts[p.strided + i] = fresh;
 }
 
@@ -79,25 +79,91 @@ __global__ void __launch_bounds__(kBlock) place_kernel(const __grid_constant__ P
   }
 }
 
-// Keys that sort ids by falling count.
-__global__ void hot_keys_kernel(const int32_t* counts, int32_t n, int64_t vocab, int32_t* keys,
-                                int32_t* ids) {
-  const int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
-  if (i >= vocab) return;
-  keys[i] = n - counts[i];
-  ids[i] = static_cast<int32_t>(i);
+// Where the counts of the most frequent ids end: at `at`, of which some are among the `wanted` largest, with `above` larger
+// ones. bins[x]: ids with value x; ids without any entry are not in it, and are more than anybody wants.
+struct Threshold {
+  int at, above;
+};
+
+constexpr int kBins = 4096, kBinsEach = kBins / kBlock;
+
+template <typename Scan>
+__device__ Threshold find_threshold(const int* bins, int wanted, typename Scan::TempStorage& storage,
+                                    Threshold& found) {
+  // From the top: thread 0 has the largest values.
+  const int top = kBins - 1 - threadIdx.x * kBinsEach;
+  int mine = 0;
+#pragma unroll
+  for (int i = 0; i < kBinsEach; ++i) mine += bins[top - i];
+  int above;
+  Scan(storage).ExclusiveSum(mine, above);
+  __syncthreads();
+#pragma unroll
+  for (int i = 0; i < kBinsEach; ++i) {
+    const int value = top - i, here = bins[value];
+    if (above < wanted && (above + here >= wanted || value == 0)) found = {value, above};
+    above += here;
+  }
+  __syncthreads();
+  return found;
 }
 
-// The first ids of that order, ascending, and their places.
+// The `hot` ids with the largest counts, the smaller id first, ascending, and every id's place among them. One block: a
+// histogram of the counts (of their upper bits first, where they may be large), then each thread's stretch of ids.
 __global__ void __launch_bounds__(kBlock)
-    hot_ids_kernel(const int32_t* ranked, int hot, int64_t* ids, int32_t* slots) {
-  using Sort = cub::BlockRadixSort<int32_t, kBlock, 1>;
-  __shared__ typename Sort::TempStorage storage;
-  int32_t id[1] = {static_cast<int>(threadIdx.x) < hot ? ranked[threadIdx.x] : 0x7fffffff};
-  Sort(storage).Sort(id);
-  if (static_cast<int>(threadIdx.x) >= hot) return;
-  ids[threadIdx.x] = id[0];
-  slots[id[0]] = threadIdx.x;
+    hot_ids_kernel(const int32_t* counts, int64_t n, int64_t vocab, int hot, int64_t* ids,
+                   int32_t* slots) {
+  using Scan = cub::BlockScan<int, kBlock>;
+  __shared__ typename Scan::TempStorage storage;
+  __shared__ int bins[kBins];
+  __shared__ Threshold found;
+  int shift = 0;
+  while (n >> shift >= kBins) ++shift;
+  const auto clear = [&] {
+    for (int i = threadIdx.x; i < kBins; i += kBlock) bins[i] = 0;
+    __syncthreads();
+  };
+  clear();
+  for (int64_t i = threadIdx.x; i < vocab; i += kBlock) {
+    const int count = counts[i];
+    slots[i] = -1;
+    if (count > 0) atomicAdd(bins + (count >> shift), 1);
+  }
+  __syncthreads();
+  Threshold limit = find_threshold<Scan>(bins, hot, storage, found);
+  if (shift > 0) {
+    const int upper = limit.at, above = limit.above;
+    clear();
+    for (int64_t i = threadIdx.x; i < vocab; i += kBlock) {
+      const int count = counts[i];
+      if (count > 0 && count >> shift == upper) atomicAdd(bins + (count & ((1 << shift) - 1)), 1);
+    }
+    __syncthreads();
+    limit = find_threshold<Scan>(bins, hot - above, storage, found);
+    limit = {upper << shift | limit.at, limit.above + above};
+  }
+  // A thread's stretch: ids above the limit, and as many at the limit as there is room for.
+  const int64_t each = (vocab + kBlock - 1) / kBlock, begin = threadIdx.x * each;
+  const int64_t end = begin + each < vocab ? begin + each : vocab;
+  const int room = hot - limit.above;
+  int above = 0, equal = 0;
+  for (int64_t i = begin; i < end; ++i) {
+    above += counts[i] > limit.at;
+    equal += counts[i] == limit.at;
+  }
+  Scan(storage).ExclusiveSum(above, above);
+  __syncthreads();
+  Scan(storage).ExclusiveSum(equal, equal);
+  for (int64_t i = begin; i < end; ++i) {
+    const bool same = counts[i] == limit.at;
+    if (counts[i] > limit.at || (same && equal < room)) {
+      const int place = above + (equal < room ? equal : room);
+      ids[place] = i;
+      slots[i] = place;
+    }
+    above += counts[i] > limit.at;
+    equal += same;
+  }
 }
 
 // Keys into ids and rows; unused ones into an id beyond all.
@@ -159,17 +225,10 @@ cudaError_t place_kept(const PlaceParams& params, cudaStream_t stream) {
   return cudaGetLastError();
 }
 
-cudaError_t hot_keys(const int32_t* counts, int64_t n, int64_t vocab, int32_t* keys, int32_t* ids,
-                     cudaStream_t stream) {
-  hot_keys_kernel<<<blocks_for(vocab), kThreads, 0, stream>>>(counts, static_cast<int32_t>(n),
-                                                              vocab, keys, ids);
-  return cudaGetLastError();
-}
-
-cudaError_t hot_ids(const int32_t* ranked, int64_t hot, int64_t* ids, int32_t* slots,
-                    cudaStream_t stream) {
-  if (hot > kBlock) return cudaErrorInvalidValue;
-  hot_ids_kernel<<<1, kBlock, 0, stream>>>(ranked, static_cast<int>(hot), ids, slots);
+cudaError_t hot_ids(const int32_t* counts, int64_t n, int64_t hot, int64_t vocab, int64_t* ids,
+                    int32_t* slots, cudaStream_t stream) {
+  if (hot > vocab || n >= int64_t{1} << 24) return cudaErrorInvalidValue;
+  hot_ids_kernel<<<1, kBlock, 0, stream>>>(counts, n, vocab, static_cast<int>(hot), ids, slots);
   return cudaGetLastError();
 }
 

@@ -152,23 +152,28 @@ __global__ void __launch_bounds__(32 * kRowWarps)
   const float* mean = p.means + p.classes[row] * p.count;
   for (int j = lane; j < p.count; j += 32) x[j] = logit_at<T>(p, row, j) - mean[j];
   __syncwarp();
-  // A lane a group: x above the group's mean, times the mass that each of its ids stands for.
+  // Group by group: x above the group's mean, times the mass that each of its ids stands for. Groups without ids are not
+  // visited.
   float moment = 0.0f;
-  for (int g = lane; g < p.groups; g += 32) {
-    const int begin = p.first[g], end = p.first[g + 1];
-    if (begin == end) continue;
-    const float mass = p.mass[row * p.groups + g], each = 1.0f / static_cast<float>(end - begin);
+  for (int begin = 0, end; begin < p.count; begin = end) {
+    const int64_t group = p.ids[begin] / kGroupCols;
+    end = p.first[group + 1];
+    const float mass = p.mass[row * p.groups + group], each = 1.0f / static_cast<float>(end - begin);
     float sum = 0.0f, squares = 0.0f;
-    for (int j = begin; j < end; ++j) sum += x[j];
-    for (int j = begin; j < end; ++j) {
-      const float off = x[j] - sum * each;
-      squares = fmaf(off, off, squares);
-      x[j] = mass == 0.0f ? 0.0f : off * mass * each;
+    for (int j = begin + lane; j < end; j += 32) {
+      sum += x[j];
+      squares = fmaf(x[j], x[j], squares);
     }
-    if (mass != 0.0f) moment = fmaf(mass * each, squares, moment);
-  }
 #pragma unroll
-  for (int d = 16; d > 0; d /= 2) moment += __shfl_xor_sync(~0u, moment, d);
+    for (int d = 16; d > 0; d /= 2) {
+      sum += __shfl_xor_sync(~0u, sum, d);
+      squares += __shfl_xor_sync(~0u, squares, d);
+    }
+    const float mean = sum * each;
+    for (int j = begin + lane; j < end; j += 32)
+      x[j] = mass == 0.0f ? 0.0f : (x[j] - mean) * mass * each;
+    if (mass != 0.0f) moment += mass * fmaxf(fmaf(-mean, mean, squares * each), 0.0f);
+  }
   __syncwarp();
   const float lift = p.dtype == Dtype::kHalf ? kShapeLift : 1.0f;
   const float beta = p.strength / (1.0f + p.damping * moment / fmaxf(whole, kNothing));
