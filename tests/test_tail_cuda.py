@@ -208,7 +208,7 @@ def test_tilt(dtype: torch.dtype, softcap: float, n: int, v: int, count: int) ->
         softcap, scale, tail.SHARED, tail.TILT, tail.TILT_DAMPING, units,
     )  # fmt: skip
     got = products.double() * (unit / LIFT if dtype == FP16 else 1.0)
-    assert expected.abs().max() > 1e-6
+    assert n == 1 or expected.abs().max() > 1e-6  # one row is its class
     torch.testing.assert_close(got, expected, rtol=2 * LAST_BITS[dtype], atol=1e-8)
     # No row's and no group's mass changes.
     assert (got.sum(1).abs() <= 1e-2 * got.abs().sum(1) + 1e-12).all()

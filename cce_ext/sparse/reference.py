@@ -94,6 +94,7 @@ def sparse_gradients(
     eps: float,
     capacity: int | None = None,
     shard: Shard | None = None,
+    tilt_start: float = 0.5,
 ) -> SparseGradients:
     """Gradients of Σ dnll nll + dlse lse with entries below the probability ``eps`` replaced by
     their tail.
@@ -101,7 +102,8 @@ def sparse_gradients(
     Shapes: dnll, dlse (N,), e (N, D), c (V, D), targets (N,), bias (V,), u (N, R), lora_b (V, R).
     capacity: candidates a row, pooled over 128 rows that count; None: no limit. shard: what there
     is beside the given rows of c (and of bias and lora_b), whose part of the gradients by e and u
-    the results then are; None: nothing.
+    the results then are; None: nothing. tilt_start: of `tail.tilt_ids`; another one
+    shows how much the sample matters.
     """
     z = logits(e, c, bias, u, lora_b, options)
     if shard is None:
@@ -167,7 +169,7 @@ def sparse_gradients(
         target_part = target_part * capped.gather(1, slot[:, None])[:, 0]
     target_part = torch.where(is_target, target_part[:, None], 0)
     g = kept_weight.mul_(scale * a[:, None]).sub_(target_part).add_(tail.dense(spread))
-    ids = tail.tilt_ids(weights, tail.tilt_size(vocab))
+    ids = tail.tilt_ids(weights, tail.tilt_size(vocab), tilt_start)
     tilt = tail.tilt(z[:, ids.ids], ids, tail.Rows(classes, mass, sample))
     tilt *= (scale * a_sparse)[:, None]
     everything = a[exact, None] * p[exact] - d[exact, None] * (smoothing / shard.vocab)

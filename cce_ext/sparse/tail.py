@@ -137,9 +137,10 @@ class TiltIds(NamedTuple):
     first: Tensor
 
 
-def tilt_ids(sums: Tensor, count: int) -> TiltIds:
-    """The sample by the classes' summed tails (K, V); without any tail only the id 0. Steps are
-    counted in integers, so that the result does not depend on the order of a parallel sum."""
+def tilt_ids(sums: Tensor, count: int, start: float = 0.5) -> TiltIds:
+    """The sample by the classes' summed tails (K, V), from so many steps on; without any tail only
+    the id 0. Steps are counted in integers, so that the result does not depend on the order of a
+    parallel sum."""
     total = torch.zeros_like(sums[0])
     for part in sums:  # in this order
         total = total + part
@@ -147,7 +148,7 @@ def tilt_ids(sums: Tensor, count: int) -> TiltIds:
     steps = (total.double() * _TILT_STEPS).long()
     cumulated = steps.cumsum(0)
     step = cumulated[-1] // count
-    at = step * torch.arange(count, device=sums.device) + step // 2
+    at = step * torch.arange(count, device=sums.device) + (step.double() * start).long()
     ids = torch.where(step > 0, torch.searchsorted(cumulated, at, right=True), 0)
     starts = torch.arange(groups(sums.shape[1]) + 1, device=sums.device) * GROUP
     return TiltIds(ids, torch.searchsorted(ids, starts))

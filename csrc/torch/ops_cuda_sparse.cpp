@@ -175,9 +175,8 @@ void sort_pairs(const Tensor& like, const Key* keys, const Value* values, Key* k
 }
 
 // Ids that most rows keep, ascending, and every id's place among them.
-std::tuple<Tensor, Tensor> choose_hot(const Tensor& column_counts, int64_t n, int64_t hot,
-                                      cudaStream_t stream) {
-  const int64_t vocab = column_counts.size(0);
+std::tuple<Tensor, Tensor> choose_hot(const Tensor& column_counts, int64_t n, int64_t vocab,
+                                      int64_t hot, cudaStream_t stream) {
   const Tensor hot_ids = empty(column_counts, {hot}, ScalarType::Long);
   const Tensor slots = empty(column_counts, {vocab}, ScalarType::Int);
   check_cuda(cuda::hot_ids(i32(column_counts, "column_counts"), n, hot, vocab,
@@ -199,7 +198,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> select_kept_cuda(
                   ignore_index, shard_size, vocab_start, vocab_total);
   const Tensor kept = empty(lse, {blocks, cuda::kKeepParts}, ScalarType::Int);
   const Tensor exact = empty(lse, {blocks}, ScalarType::Byte);
-  const Tensor column_counts = zeroed(lse, shard_size, ScalarType::Int);
+  const Tensor column_counts = zeroed(lse, ceil_div(shard_size, 4) * 4, ScalarType::Int);
   keep.kept = i32(kept, "kept");
   keep.exact = u8(exact, "exact");
   keep.column_counts = i32(column_counts, "column_counts");
@@ -221,7 +220,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> select_kept_cuda(
 
   // A key: position, one bit for hot ids, id. All ones: unused; larger than any other in the bits that are sorted, because
   // no id is all ones.
-  const auto [hot_ids, slots] = choose_hot(column_counts, n, hot, stream);
+  const auto [hot_ids, slots] = choose_hot(column_counts, n, shard_size, hot, stream);
   const Tensor keys = empty(lse, {capacity}, ScalarType::Long);
   const Tensor logits = zeroed(lse, capacity, ScalarType::Float);
   check_cuda(cudaMemsetAsync(i64(keys, "keys"), 0xff, 8 * capacity, stream), "keys");

@@ -130,10 +130,11 @@ void tilt_cuda(Tensor z, Tensor ids, Tensor first, Tensor classes, Tensor rows, 
                Tensor row_mass, Tensor mass, Tensor a, std::optional<Tensor> bias, double softcap,
                double logit_scale, double shared, double strength, double damping, Tensor units) {
   const Guard guard(z.get_device_index());
-  STD_TORCH_CHECK(z.size(1) == ids.size(0) && z.stride(1) == 1 && units.size(0) == 3 &&
+  STD_TORCH_CHECK(z.size(1) == ids.size(0) && z.size(1) % 2 == 0 && z.stride(0) % 2 == 0 &&
+                      z.stride(1) == 1 && units.size(0) == 3 &&
                       first.size(0) == mass.size(1) + 1 && mass.size(0) == z.size(0),
-                  "z must have a column for each id and a row for each of mass, first a place for "
-                  "each group and one more, units three numbers");
+                  "z must have a column for each id, an even number, and a row for each of mass, "
+                  "first a place for each group and one more, units three numbers");
   cuda::TiltParams p;
   p.dtype = kernel_dtype(z);
   p.z = z.mutable_data_ptr();

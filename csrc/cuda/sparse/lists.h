@@ -88,7 +88,7 @@ struct PlaceParams {
 // Where count_kept's entries go.
 cudaError_t place_kept(const PlaceParams& params, cudaStream_t stream);
 
-// The `hot` ids with the largest counts (V,), the smaller id first, ascending, and their places in slots (V,), -1 for the
+// The `hot` ids with the largest counts (V, and zeros up to a multiple of four), the smaller id first, ascending, and their places in slots (V,), -1 for the
 // others; no count exceeds n, which is less than 2^24.
 cudaError_t hot_ids(const int32_t* counts, int64_t n, int64_t hot, int64_t vocab, int64_t* ids,
                     int32_t* slots, cudaStream_t stream);

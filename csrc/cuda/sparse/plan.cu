@@ -108,10 +108,33 @@ __device__ Threshold find_threshold(const int* bins, int wanted, typename Scan::
   return found;
 }
 
+// f(id, count) for every step-th four neighbouring ids from `first` (in fours) to `end`. Many loads at a time: one block has
+// nothing else to hide their latency with.
+template <typename F>
+__device__ __forceinline__ void visit_counts(const int4* counts, int64_t first, int64_t end,
+                                             int64_t step, F&& f) {
+  constexpr int kLoads = 8;
+  for (int64_t i = first; i < end; i += kLoads * step) {
+    int4 four[kLoads];
+#pragma unroll
+    for (int k = 0; k < kLoads; ++k)
+      four[k] = i + k * step < end ? counts[i + k * step] : make_int4(0, 0, 0, 0);
+#pragma unroll
+    for (int k = 0; k < kLoads; ++k) {
+      if (i + k * step >= end) continue;
+      const int64_t id = 4 * (i + k * step);
+      f(id, four[k].x);
+      f(id + 1, four[k].y);
+      f(id + 2, four[k].z);
+      f(id + 3, four[k].w);
+    }
+  }
+}
+
 // The `hot` ids with the largest counts, the smaller id first, ascending, and every id's place among them. One block: a
 // histogram of the counts (of their upper bits first, where they may be large), then each thread's stretch of ids.
 __global__ void __launch_bounds__(kBlock)
-    hot_ids_kernel(const int32_t* counts, int64_t n, int64_t vocab, int hot, int64_t* ids,
+    hot_ids_kernel(const int4* counts, int64_t n, int64_t vocab, int hot, int64_t* ids,
                    int32_t* slots) {
   using Scan = cub::BlockScan<int, kBlock>;
   __shared__ typename Scan::TempStorage storage;
@@ -123,47 +146,45 @@ __global__ void __launch_bounds__(kBlock)
     for (int i = threadIdx.x; i < kBins; i += kBlock) bins[i] = 0;
     __syncthreads();
   };
+  const int64_t fours = (vocab + 3) / 4;
   clear();
-  for (int64_t i = threadIdx.x; i < vocab; i += kBlock) {
-    const int count = counts[i];
-    slots[i] = -1;
+  visit_counts(counts, threadIdx.x, fours, kBlock, [&](int64_t, int count) {
     if (count > 0) atomicAdd(bins + (count >> shift), 1);
-  }
+  });
   __syncthreads();
   Threshold limit = find_threshold<Scan>(bins, hot, storage, found);
   if (shift > 0) {
     const int upper = limit.at, above = limit.above;
     clear();
-    for (int64_t i = threadIdx.x; i < vocab; i += kBlock) {
-      const int count = counts[i];
+    visit_counts(counts, threadIdx.x, fours, kBlock, [&](int64_t, int count) {
       if (count > 0 && count >> shift == upper) atomicAdd(bins + (count & ((1 << shift) - 1)), 1);
-    }
+    });
     __syncthreads();
     limit = find_threshold<Scan>(bins, hot - above, storage, found);
     limit = {upper << shift | limit.at, limit.above + above};
   }
   // A thread's stretch: ids above the limit, and as many at the limit as there is room for.
-  const int64_t each = (vocab + kBlock - 1) / kBlock, begin = threadIdx.x * each;
-  const int64_t end = begin + each < vocab ? begin + each : vocab;
+  const int64_t each = (fours + kBlock - 1) / kBlock, begin = threadIdx.x * each;
+  const int64_t end = begin + each < fours ? begin + each : fours;
   const int room = hot - limit.above;
   int above = 0, equal = 0;
-  for (int64_t i = begin; i < end; ++i) {
-    above += counts[i] > limit.at;
-    equal += counts[i] == limit.at;
-  }
+  visit_counts(counts, begin, end, 1, [&](int64_t, int count) {
+    above += count > limit.at;
+    equal += count == limit.at;
+  });
   Scan(storage).ExclusiveSum(above, above);
   __syncthreads();
   Scan(storage).ExclusiveSum(equal, equal);
-  for (int64_t i = begin; i < end; ++i) {
-    const bool same = counts[i] == limit.at;
-    if (counts[i] > limit.at || (same && equal < room)) {
+  visit_counts(counts, begin, end, 1, [&](int64_t id, int count) {
+    const bool larger = count > limit.at, same = count == limit.at;
+    if (larger || (same && equal < room && id < vocab)) {
       const int place = above + (equal < room ? equal : room);
-      ids[place] = i;
-      slots[i] = place;
+      ids[place] = id;
+      slots[id] = place;
     }
-    above += counts[i] > limit.at;
+    above += larger;
     equal += same;
-  }
+  });
 }
 
 // Keys into ids and rows; unused ones into an id beyond all.
@@ -228,7 +249,10 @@ cudaError_t place_kept(const PlaceParams& params, cudaStream_t stream) {
 cudaError_t hot_ids(const int32_t* counts, int64_t n, int64_t hot, int64_t vocab, int64_t* ids,
                     int32_t* slots, cudaStream_t stream) {
   if (hot > vocab || n >= int64_t{1} << 24) return cudaErrorInvalidValue;
-  hot_ids_kernel<<<1, kBlock, 0, stream>>>(counts, n, vocab, static_cast<int>(hot), ids, slots);
+  cudaError_t error = cudaMemsetAsync(slots, 0xff, sizeof(*slots) * vocab, stream);
+  if (error != cudaSuccess) return error;
+  hot_ids_kernel<<<1, kBlock, 0, stream>>>(reinterpret_cast<const int4*>(counts), n, vocab,
+                                           static_cast<int>(hot), ids, slots);
   return cudaGetLastError();
 }
 

@@ -1,6 +1,6 @@
 // The tail's tilt by a sample of ids: the ids (a block a group, each thread with nine neighbouring ones), the classes'
 // mean logits (32 ids a block, eight threads an id), then a warp a row, whose numbers stay in shared memory between three
-// passes. cce_ext/sparse/tail.py has the same steps in PyTorch. No atomics; sums in a fixed order.
+// passes, two groups at a time. cce_ext/sparse/tail.py has the same steps in PyTorch. No atomics; sums in a fixed order.
 #include <algorithm>
 #include <cfloat>
 #include <cub/block/block_reduce.cuh>
@@ -80,10 +80,10 @@ __global__ void __launch_bounds__(kIdThreads) ids_kernel(const __grid_constant__
   }
 }
 
-// The logit of a sampled id from its 16-bit product.
+// The logit of sampled id j from its 16-bit product.
 template <typename T>
-__device__ __forceinline__ float logit_at(const TiltParams& p, int64_t row, int j) {
-  float x = widen(static_cast<const T*>(p.z)[row * p.ld + j]);
+__device__ __forceinline__ float logit_of(const TiltParams& p, T product, int j) {
+  float x = widen(product);
   if (p.bias) x += p.bias[p.ids[j]];
   x *= static_cast<float>(p.options.logit_scale);
   const float cap = static_cast<float>(p.options.softcap);
@@ -103,7 +103,8 @@ __global__ void __launch_bounds__(kMeanCols* kMeanParts)
     const int64_t row = p.rows[s];
     const int of = static_cast<int>(p.classes[row]);
     const float w = p.weight[row] * p.row_mass[row];
-    const float z = j < p.count ? logit_at<T>(p, row, j) : 0.0f;
+    const float z =
+        j < p.count ? logit_of(p, static_cast<const T*>(p.z)[row * p.ld + j], j) : 0.0f;
 #pragma unroll
     for (int k = 0; k < kTailClasses; ++k) {
       if (k != of || w == 0.0f) continue;
@@ -135,51 +136,70 @@ __global__ void __launch_bounds__(kMeanCols* kMeanParts)
   }
 }
 
+// Two neighbouring numbers.
+template <typename T>
+struct alignas(2 * sizeof(T)) Pair {
+  T x, y;
+};
+
 template <typename T>
 __global__ void __launch_bounds__(32 * kRowWarps)
     rows_kernel(const __grid_constant__ TiltParams p) {
-  __shared__ float all[kRowWarps][kMaxTiltIds];
+  __shared__ alignas(8) float all[kRowWarps][kMaxTiltIds];
   const int64_t row = static_cast<int64_t>(blockIdx.x) * kRowWarps + threadIdx.x / 32;
   if (row >= p.n) return;
   const int lane = threadIdx.x % 32;
   float* x = all[threadIdx.x / 32];
-  T* out = static_cast<T*>(p.z) + row * p.ld;
+  auto* out = reinterpret_cast<Pair<T>*>(static_cast<T*>(p.z) + row * p.ld);
   const float a = p.a[row], whole = p.row_mass[row];
   if (a == 0.0f || whole == 0.0f) {
-    for (int j = lane; j < p.count; j += 32) out[j] = narrow<T>(0.0f);
+    for (int j = lane; j < p.count / 2; j += 32) out[j] = {narrow<T>(0.0f), narrow<T>(0.0f)};
     return;
   }
-  const float* mean = p.means + p.classes[row] * p.count;
-  for (int j = lane; j < p.count; j += 32) x[j] = logit_at<T>(p, row, j) - mean[j];
+  const auto* means = reinterpret_cast<const float2*>(p.means + p.classes[row] * p.count);
+  for (int j = lane; j < p.count / 2; j += 32) {
+    const Pair<T> product = out[j];
+    const float2 mean = means[j];
+    reinterpret_cast<float2*>(x)[j] = {logit_of(p, product.x, 2 * j) - mean.x,
+                                       logit_of(p, product.y, 2 * j + 1) - mean.y};
+  }
   __syncwarp();
-  // Group by group: x above the group's mean, times the mass that each of its ids stands for. Groups without ids are not
-  // visited.
+  // Half a warp a group: x above the group's mean, times the mass that each of its ids stands for. Groups without ids are
+  // not visited.
+  const auto end_of = [&](int begin) {
+    return begin < p.count ? p.first[p.ids[begin] / kGroupCols + 1] : begin;
+  };
   float moment = 0.0f;
-  for (int begin = 0, end; begin < p.count; begin = end) {
-    const int64_t group = p.ids[begin] / kGroupCols;
-    end = p.first[group + 1];
-    const float mass = p.mass[row * p.groups + group], each = 1.0f / static_cast<float>(end - begin);
+  for (int next = 0; next < p.count;) {
+    const int middle = end_of(next), last = end_of(middle);
+    const int begin = lane < 16 ? next : middle, end = lane < 16 ? middle : last;
+    next = last;
+    const float mass = begin < end ? p.mass[row * p.groups + p.ids[begin] / kGroupCols] : 0.0f;
+    const float each = 1.0f / static_cast<float>(max(end - begin, 1));
     float sum = 0.0f, squares = 0.0f;
-    for (int j = begin + lane; j < end; j += 32) {
+    for (int j = begin + lane % 16; j < end; j += 16) {
       sum += x[j];
       squares = fmaf(x[j], x[j], squares);
     }
 #pragma unroll
-    for (int d = 16; d > 0; d /= 2) {
+    for (int d = 8; d > 0; d /= 2) {
       sum += __shfl_xor_sync(~0u, sum, d);
       squares += __shfl_xor_sync(~0u, squares, d);
     }
     const float mean = sum * each;
-    for (int j = begin + lane; j < end; j += 32)
+    for (int j = begin + lane % 16; j < end; j += 16)
       x[j] = mass == 0.0f ? 0.0f : (x[j] - mean) * mass * each;
     if (mass != 0.0f) moment += mass * fmaxf(fmaf(-mean, mean, squares * each), 0.0f);
   }
+  moment += __shfl_xor_sync(~0u, moment, 16);
   __syncwarp();
   const float lift = p.dtype == Dtype::kHalf ? kShapeLift : 1.0f;
   const float beta = p.strength / (1.0f + p.damping * moment / fmaxf(whole, kNothing));
-  const float factor =
-      beta * a * static_cast<float>(p.options.logit_scale) * lift / p.units[1];
-  for (int j = lane; j < p.count; j += 32) out[j] = narrow<T>(x[j] * factor);
+  const float factor = beta * a * static_cast<float>(p.options.logit_scale) * lift / p.units[1];
+  for (int j = lane; j < p.count / 2; j += 32) {
+    const float2 here = reinterpret_cast<const float2*>(x)[j];
+    out[j] = {narrow<T>(here.x * factor), narrow<T>(here.y * factor)};
+  }
 }
 
 template <typename T>
@@ -200,7 +220,7 @@ cudaError_t tilt_ids(const TiltIdsParams& params, cudaStream_t stream) {
 }
 
 cudaError_t tilt_rows(const TiltParams& params, cudaStream_t stream) {
-  if (params.count > kMaxTiltIds) return cudaErrorInvalidValue;
+  if (params.count > kMaxTiltIds || params.count % 2 || params.ld % 2) return cudaErrorInvalidValue;
   if (params.n == 0 || params.count == 0) return cudaSuccess;
   return params.dtype == Dtype::kBFloat16 ? launch<__nv_bfloat16>(params, stream)
                                           : launch<__half>(params, stream);

@@ -25,7 +25,7 @@ struct TiltParams {
   Dtype dtype = Dtype::kBFloat16;
   void* z = nullptr;  // (N, ld): products, then the tilt times a scale, in units[1], times kShapeLift if half
   int64_t ld = 0, n = 0;
-  int count = 0;                     // ids
+  int count = 0;                     // ids, an even number
   const int64_t* ids = nullptr;      // (count,)
   const int32_t* first = nullptr;    // (groups + 1,)
   const int64_t* classes = nullptr;  // (N,)
