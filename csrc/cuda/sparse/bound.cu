@@ -30,17 +30,25 @@ __device__ __forceinline__ float logit2(const BoundParams& p, const float* produ
   return x * kLog2E;
 }
 
+constexpr int kPerLane = kMaxStrided / 32;
+
+// A row's logits in columns first to end, kMaxStrided at most, a lane's 32 apart and all on their way at once; -inf for
+// those that do not count.
+__device__ __forceinline__ void load_logits(const BoundParams& p, const float* products, int first,
+                                            int end, float (&x)[kPerLane]) {
+#pragma unroll
+  for (int i = 0; i < kPerLane; ++i) {
+    const int column = first + 32 * i + static_cast<int>(threadIdx.x % 32);
+    const bool counts = column < end && (column < p.strided || p.counts[column]);
+    x[i] = counts ? logit2(p, products, column) : -INFINITY;
+  }
+}
+
 // log2 of the estimate over the strided columns: the eight largest count once, the others for the columns between them,
 // and of that a quarter.
 __device__ float strided_estimate(const BoundParams& p, const float* products) {
-  constexpr int kPerLane = kMaxStrided / 32;
-  const int lane = threadIdx.x % 32;
   float x[kPerLane];
-#pragma unroll
-  for (int i = 0; i < kPerLane; ++i) {
-    const int column = 32 * i + lane;
-    x[i] = column < p.strided ? logit2(p, products, column) : -INFINITY;
-  }
+  load_logits(p, products, 0, p.strided, x);
   float below = INFINITY, reference = -INFINITY, largest = 0.0f;
   // The next smaller value each time; equal values are taken together and count as one, which only lowers the result.
   for (int k = 0; k < kTop; ++k) {
@@ -64,13 +72,17 @@ __device__ float strided_estimate(const BoundParams& p, const float* products) {
 // log2 Σ over the other columns: part of the lse, so never above it.
 __device__ float partial_lse(const BoundParams& p, const float* products) {
   RowState state;
-  for (int c = p.strided + static_cast<int>(threadIdx.x % 32); c < p.columns; c += 32) {
-    if (p.counts[c]) state = merge(state, {logit2(p, products, c), 1.0f});
-  }
+  for (int first = p.strided; first < p.columns; first += kMaxStrided) {
+    float x[kPerLane];
+    load_logits(p, products, first, min(first + kMaxStrided, p.columns), x);
+    float top = -INFINITY, sum = 0.0f;
 #pragma unroll
-  for (int d = 16; d > 0; d /= 2) {
-    const float max = __shfl_xor_sync(~0u, state.max, d), sum = __shfl_xor_sync(~0u, state.sum, d);
-    state = merge(state, {max, sum});
+    for (int i = 0; i < kPerLane; ++i) top = fmaxf(top, x[i]);
+    top = warp_max(top);
+    const float reference = finite_reference(top);
+#pragma unroll
+    for (int i = 0; i < kPerLane; ++i) sum += ptx::ex2(x[i] - reference);
+    state = merge(state, {top, warp_sum(sum)});
   }
   return state.max + log2f(state.sum);
 }

@@ -148,9 +148,19 @@ __global__ void __launch_bounds__(kBlock)
   };
   const int64_t fours = (vocab + 3) / 4;
   clear();
+  // Most counts are small, and atomics on one word wait for each other: those are counted by thread first.
+  int small[4] = {};
   visit_counts(counts, threadIdx.x, fours, kBlock, [&](int64_t, int count) {
-    if (count > 0) atomicAdd(bins + (count >> shift), 1);
+    const int bin = count >> shift;
+    if (bin >= 4) atomicAdd(bins + bin, 1);
+#pragma unroll
+    for (int b = 0; b < 4; ++b) small[b] += count > 0 && bin == b;
   });
+#pragma unroll
+  for (int b = 0; b < 4; ++b) {
+    const int all = __reduce_add_sync(~0u, small[b]);
+    if (threadIdx.x % 32 == 0) atomicAdd(bins + b, all);
+  }
   __syncthreads();
   Threshold limit = find_threshold<Scan>(bins, hot, storage, found);
   if (shift > 0) {
