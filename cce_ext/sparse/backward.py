@@ -15,7 +15,7 @@ from cce_ext.sparse import history, products, tail
 from cce_ext.sparse.forward import Lists
 
 # Bytes of a chunk of the sampled rows' tails, and of the rows of a float32 adapter that it takes.
-_TAIL_BYTES = 48 << 20
+_TAIL_BYTES = 96 << 20
 # Lifts the sampled tails, whose rows add up to about 1, out of float16's smallest numbers.
 _LIFT = 2.0**10
 
