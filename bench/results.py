@@ -24,12 +24,16 @@ CACHE = ROOT / "bench" / "results"
 
 
 def commit() -> str:
-    """The commit of this checkout, with a mark if files differ from it; of the build elsewhere."""
+    """The commit of the measured library, as it says itself; of this checkout, with a mark if files
+    differ from it, where there is none or it does not know."""
+    built = build_info().get("git_commit")
+    if built and built != "unknown":
+        return str(built)
     command = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
     try:
         out = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):
-        return str(build_info().get("git_commit", "unknown"))
+        return "unknown"
     return out.stdout.strip()
 
 

@@ -12,6 +12,7 @@ import argparse
 
 from bench.timing import MB
 from cce_ext.sparse.forward import (
+    BOUND_ROWS,
     HOT_IDS,
     ROW_BLOCK,
     SAMPLED_COLUMNS,
@@ -24,8 +25,6 @@ from cce_ext.sparse.tail import GROUP, groups
 # As in csrc/torch/cuda_call.h: partials of the splits at most, converted adapter rows of a launch.
 _PARTIAL_BYTES = 12 << 20
 _PACK_BYTES = 64 << 20
-# As in cce_ext/sparse/forward.py: rows whose sampled logits are in memory at a time.
-_BOUND_ROWS = 4096
 
 
 def forward_peaks(
@@ -34,10 +33,10 @@ def forward_peaks(
     """Bytes at the highest point of each step of the forward, without metrics or softcap.
 
     n, v, d, r: as in the shapes of e (N, D), c (V, D), u (N, R); eps: the threshold; converts:
-    whether lora_b is not of e's dtype, as with float32 adapters.
+    whether lora_b is float32, not of e's dtype.
     """
     columns = SAMPLED_COLUMNS + min(SAMPLED_TARGETS, n)
-    products = 4 * min(n, _BOUND_ROWS) * columns * (2 if r else 1)
+    products = 4 * min(n, BOUND_ROWS) * columns * (2 if r else 1)
     pool = 8 * candidate_capacity(n, v, eps) * -(-n // ROW_BLOCK)
     kept = kept_capacity(n, v, eps)
     partials = max(8 * n * groups(v), min(_PARTIAL_BYTES, 8 * n * -(-v // ROW_BLOCK)))
@@ -48,7 +47,6 @@ def forward_peaks(
     pairs = 12 * kept  # int64 keys, float32 logits; a sort's workspace is another copy
     ids = 4 * kept  # so are rows and an order
     return {
-        "target logits": 2 * v * r if converts else 0,
         "bounds": 2 * columns * (d + 3 * r) + products,
         "pass over the vocabulary": pool + partials + copies + adapter,
         "selection": pool + partials + pairs,
@@ -62,13 +60,13 @@ def forward_peaks(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split(":")[0])
     parser.add_argument("shape", type=int, nargs="+", help="N V D, and R of a low-rank head")
-    parser.add_argument("--eps", type=float, help="threshold; by default 2^-15 with R, else 2^-13")
+    parser.add_argument("--eps", type=float, help="threshold; by default 2^-13")
     parser.add_argument("--same-dtype", action="store_true", help="adapters of e's dtype")
     args = parser.parse_args()
     if len(args.shape) not in (3, 4):
         parser.error("the shape is N V D or N V D R")
     n, v, d, r = (*args.shape, 0)[:4]
-    eps = args.eps or 2.0 ** (-15 if r else -13)
+    eps = args.eps or 2.0**-13
     for step, size in forward_peaks(n, v, d, r, eps, not args.same_dtype).items():
         print(f"{step:26} {size / MB:8.1f} MB")
 

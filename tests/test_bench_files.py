@@ -59,6 +59,13 @@ def test_documents_agree_with_the_committed_runs() -> None:
     assert blocks >= 1
 
 
+def test_a_run_names_the_library_that_was_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("bench.results.build_info", lambda: {"git_commit": "0123456789ab"})
+    assert run("cce").machine["commit"] == "0123456789ab"
+    monkeypatch.setattr("bench.results.build_info", dict)
+    assert run("cce").machine["commit"] not in ("0123456789ab", "")
+
+
 def test_tables_change_with_the_run(tmp_path: Path) -> None:
     results = run("cce", "eager")
     results.save(tmp_path / "run.json")

@@ -184,7 +184,9 @@ def test_ids_of_the_tilt(count: int, v: int, kind: str) -> None:
 
 @DTYPES
 @pytest.mark.parametrize("softcap", [0.0, 20.0])
-@pytest.mark.parametrize(("n", "v", "count"), [(1, 16400, 512), (130, 20001, 512), (600, 70000, 1024)])
+@pytest.mark.parametrize(
+    ("n", "v", "count"), [(1, 16400, 512), (130, 20001, 512), (600, 70000, 1024)]
+)
 def test_tilt(dtype: torch.dtype, softcap: float, n: int, v: int, count: int) -> None:
     groups, scale = tail.groups(v), 0.7
     sums = torch.exp(4 * normal(tail.CLASSES, v, seed=1))

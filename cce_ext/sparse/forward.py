@@ -23,7 +23,7 @@ from cce_ext.sparse import tail
 # Columns at equal distances, and targets of the batch, whose logits bound the lse from below.
 SAMPLED_COLUMNS = SAMPLED_TARGETS = 1024
 # Rows whose sampled logits are in memory at a time.
-_BOUND_ROWS = 8192
+BOUND_ROWS = 8192
 ROW_BLOCK = 128
 #: ids whose kept entries are multiplied as a dense matrix: on trained heads they have 60 % of all
 HOT_IDS = 1024
@@ -123,8 +123,8 @@ def lower_bounds(call: Call, target_logit: Tensor, order: Tensor, count: Tensor)
     b_columns = None if lora_b is None else lora_b[ids].to(e.dtype).T
     sampled_bias = None if bias is None else bias[ids].float()
     parts = []
-    for first in range(0, n, _BOUND_ROWS):
-        part = slice(first, first + _BOUND_ROWS)
+    for first in range(0, n, BOUND_ROWS):
+        part = slice(first, first + BOUND_ROWS)
         products = torch.mm(e[part], columns, out_dtype=torch.float32)
         if u is not None:
             products = torch.addmm(products, u[part], b_columns, out_dtype=torch.float32)

@@ -105,7 +105,7 @@ struct ExactRowsParams {
   // columns at a time.
   const float* lora_b32 = nullptr;
   int64_t lora_b32_ld = 0;
-  void* workspace = nullptr;          // exact_rows_workspace bytes
+  void* workspace = nullptr;  // exact_rows_workspace bytes
 };
 
 // Rows and columns of logit gradients that exist at a time.

@@ -235,8 +235,9 @@ inline Tensor gather_target_logits(const Inputs& in, const Order& order, const T
   Tensor result = empty(in.e, {in.n}, ScalarType::Float);
   // A few rows of B alone are read: of the usual float32 adapter no copy is made.
   const bool wide_b = in.lora_b && in.lora_b->scalar_type() == ScalarType::Float;
-  const Tensor b =
-      !in.lora_b ? Tensor() : wide_b ? *in.lora_b : cast(*in.lora_b, in.e.scalar_type());
+  const Tensor b = !in.lora_b ? Tensor()
+                   : wide_b   ? *in.lora_b
+                              : cast(*in.lora_b, in.e.scalar_type());
   cuda::TargetLogitParams p;
   p.dtype = kernel_dtype(in.e);
   p.e = strided(in.e);

@@ -87,7 +87,8 @@ std::tuple<Tensor, Tensor, Tensor> tail_classes_cuda(Tensor scores, Tensor e, Te
 }
 
 // dtype's: that of like.
-std::tuple<Tensor, Tensor> tail_shapes_cuda(Tensor sums, Tensor like, double shared, bool smoothing) {
+std::tuple<Tensor, Tensor> tail_shapes_cuda(Tensor sums, Tensor like, double shared,
+                                            bool smoothing) {
   const Guard guard(sums.get_device_index());
   STD_TORCH_CHECK(sums.size(0) == cuda::kTailClasses, "sums must have a row for each class");
   using Out = cuda::TailShapesParams::Out;
@@ -131,8 +132,8 @@ void tilt_cuda(Tensor z, Tensor ids, Tensor first, Tensor classes, Tensor rows, 
                double logit_scale, double shared, double strength, double damping, Tensor units) {
   const Guard guard(z.get_device_index());
   STD_TORCH_CHECK(z.size(1) == ids.size(0) && z.size(1) % 2 == 0 && z.stride(0) % 2 == 0 &&
-                      z.stride(1) == 1 && units.size(0) == 3 &&
-                      first.size(0) == mass.size(1) + 1 && mass.size(0) == z.size(0),
+                      z.stride(1) == 1 && units.size(0) == 3 && first.size(0) == mass.size(1) + 1 &&
+                      mass.size(0) == z.size(0),
                   "z must have a column for each id, an even number, and a row for each of mass, "
                   "first a place for each group and one more, units three numbers");
   cuda::TiltParams p;

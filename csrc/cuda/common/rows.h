@@ -54,8 +54,8 @@ struct StridedMatrix {
 struct TargetLogitParams {
   Dtype dtype = Dtype::kBFloat16;
   StridedMatrix e, c, u, lora_b;
-  bool lora_b_fp32 = false;       // rounded to the head's dtype, as the mainloop's is
-  const float* bias = nullptr;    // (V,) or null
+  bool lora_b_fp32 = false;     // rounded to the head's dtype, as the mainloop's is
+  const float* bias = nullptr;  // (V,) or null
   const int64_t* targets = nullptr;
   RowOrder order;
   int64_t n = 0, shard_size = 0;

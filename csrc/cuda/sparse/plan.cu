@@ -88,8 +88,8 @@ struct Threshold {
 constexpr int kBins = 4096, kBinsEach = kBins / kBlock;
 
 template <typename Scan>
-__device__ Threshold find_threshold(const int* bins, int wanted, typename Scan::TempStorage& storage,
-                                    Threshold& found) {
+__device__ Threshold find_threshold(const int* bins, int wanted,
+                                    typename Scan::TempStorage& storage, Threshold& found) {
   // From the top: thread 0 has the largest values.
   const int top = kBins - 1 - threadIdx.x * kBinsEach;
   int mine = 0;

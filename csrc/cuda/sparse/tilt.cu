@@ -103,8 +103,7 @@ __global__ void __launch_bounds__(kMeanCols* kMeanParts)
     const int64_t row = p.rows[s];
     const int of = static_cast<int>(p.classes[row]);
     const float w = p.weight[row] * p.row_mass[row];
-    const float z =
-        j < p.count ? logit_of(p, static_cast<const T*>(p.z)[row * p.ld + j], j) : 0.0f;
+    const float z = j < p.count ? logit_of(p, static_cast<const T*>(p.z)[row * p.ld + j], j) : 0.0f;
 #pragma unroll
     for (int k = 0; k < kTailClasses; ++k) {
       if (k != of || w == 0.0f) continue;
@@ -204,8 +203,7 @@ __global__ void __launch_bounds__(32 * kRowWarps)
 
 template <typename T>
 cudaError_t launch(const TiltParams& p, cudaStream_t stream) {
-  means_kernel<T>
-      <<<(p.count + kMeanCols - 1) / kMeanCols, kMeanCols * kMeanParts, 0, stream>>>(p);
+  means_kernel<T><<<(p.count + kMeanCols - 1) / kMeanCols, kMeanCols * kMeanParts, 0, stream>>>(p);
   const int64_t blocks = (p.n + kRowWarps - 1) / kRowWarps;
   rows_kernel<T><<<static_cast<unsigned>(blocks), 32 * kRowWarps, 0, stream>>>(p);
   return cudaGetLastError();

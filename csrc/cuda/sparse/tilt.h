@@ -23,7 +23,8 @@ cudaError_t tilt_ids(const TiltIdsParams& params, cudaStream_t stream);
 // Products with the sampled ids become what the gradients by rows add to the tail.
 struct TiltParams {
   Dtype dtype = Dtype::kBFloat16;
-  void* z = nullptr;  // (N, ld): products, then the tilt times a scale, in units[1], times kShapeLift if half
+  void* z =
+      nullptr;  // (N, ld): products, then the tilt times a scale, in units[1], times kShapeLift if half
   int64_t ld = 0, n = 0;
   int count = 0;                     // ids, an even number
   const int64_t* ids = nullptr;      // (count,)
@@ -38,10 +39,10 @@ struct TiltParams {
   const float* a = nullptr;     // (N,)
   const float* bias = nullptr;  // (vocab,) or null
   core::LossOptions options;
-  float shared = 0.0f;                  // share of all classes' mean in each class's
+  float shared = 0.0f;                    // share of all classes' mean in each class's
   float strength = 0.0f, damping = 0.0f;  // β = strength / (1 + damping v)
-  const float* units = nullptr;         // (3,), by backward_sample
-  float* means = nullptr;               // (kTailClasses, count): scratch
+  const float* units = nullptr;           // (3,), by backward_sample
+  float* means = nullptr;                 // (kTailClasses, count): scratch
 };
 
 cudaError_t tilt_rows(const TiltParams& params, cudaStream_t stream);
