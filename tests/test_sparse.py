@@ -272,6 +272,46 @@ def test_products_of_the_tail(dtype: torch.dtype, smoothing: float) -> None:
     assert error(tail.column_sum(spread), without) < 1e-5
 
 
+def test_sampled_ids_follow_the_tail() -> None:
+    vocab, count = 3 * tail.GROUP + 100, 1000
+    sums = torch.rand(tail.CLASSES, vocab, dtype=F64)
+    sums[:, tail.GROUP : 2 * tail.GROUP] = 0
+    sums[:, 7] = sums.sum() / tail.CLASSES / 3  # a quarter of all
+    ids, first = tail.tilt_ids(sums, count)
+    assert (ids.diff() >= 0).all()
+    assert (ids == 7).sum() == pytest.approx(count / 4, abs=2)
+    share = [(part.sum() / sums.sum()).item() for part in sums.split(tail.GROUP, 1)]
+    assert first.diff().tolist() == pytest.approx([count * s for s in share], abs=1.01)
+    for group, (start, end) in enumerate(zip(first[:-1], first[1:], strict=True)):
+        assert (ids[start:end] // tail.GROUP == group).all()
+    nothing = tail.tilt_ids(torch.zeros_like(sums), count)
+    assert (nothing.ids == 0).all()
+    assert nothing.first.tolist() == [0, count, count, count, count]
+
+
+def test_the_tilt_leaves_every_mass_alone() -> None:
+    n, vocab, count = 50, 3 * tail.GROUP, 200
+    g = torch.Generator().manual_seed(0)
+    known = tail.tilt_ids(torch.rand(tail.CLASSES, vocab, generator=g, dtype=F64), count)
+    mass = torch.rand(n, 3, generator=g, dtype=F64) / 30
+    mass[::5] = 0
+    mass[:, 1] *= torch.rand(n, generator=g) > 0.5
+    classes = torch.randint(tail.CLASSES, (n,), generator=g)
+    sample = tail.sample_rows(torch.ones(n, dtype=F64), mass.sum(1))
+    z = 3 * torch.randn(n, count, generator=g, dtype=F64)
+    tilt = tail.tilt(z, known, tail.Rows(classes, mass, sample))
+    assert (tilt[mass.sum(1) == 0] == 0).all()
+    for group, (start, end) in enumerate(zip(known.first[:-1], known.first[1:], strict=True)):
+        part = tilt[:, start:end]
+        assert (part.sum(1).abs() <= 1e-12).all()
+        assert (part[mass[:, group] == 0] == 0).all()
+        # Ids of larger logits get more, those of the same logits as in the class nothing.
+        some = mass[:, group] > 0
+        assert ((part * z[:, start:end]).sum(1)[some] > 0).float().mean() > 0.95
+    level = torch.full_like(z, 2.0)
+    assert (tail.tilt(level, known, tail.Rows(classes, mass, sample)).abs() <= 1e-15).all()
+
+
 def test_which_calls_are_refused() -> None:
     c, plain = torch.empty(20000, 64), LossOptions()
     assert refusal(c, 100, plain, EPS) == ""

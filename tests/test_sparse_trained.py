@@ -13,6 +13,7 @@ from torch import Tensor
 from bench.stored_head import HELP, find_head
 from bench.trained_head import load_head
 from cce_ext.options import LossOptions
+from cce_ext.sparse import tail
 from cce_ext.sparse.reference import SparseGradients
 from tests.sparse_problem import EPS, Problem, error
 
@@ -72,6 +73,23 @@ def test_mean_of_the_rows_and_columns_that_are_never_kept(whole: Found) -> None:
     assert torch.cosine_similarity(got, truth).median() >= 0.98
     ratio = (got.norm(dim=1) / truth.norm(dim=1)).median()
     assert 0.9 <= ratio <= 1.15
+
+
+def test_a_tail_pulls_along_its_own_row(whole: Found, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By how much the tails' pull along the hidden states is off, in all: a bias, which training
+    adds up step after step."""
+    problem, found = whole
+    p = torch.softmax(problem.e @ problem.c.T, -1)
+    p[torch.arange(len(p)), problem.targets] = 0
+    tails = torch.where(p < EPS, p, 0) @ problem.c * problem.dnll[:, None]
+    pull = (tails * problem.e).sum()
+
+    def off(sparse: SparseGradients) -> float:
+        return (((sparse.de - problem.exact["e"]) * problem.e).sum() / pull).item()
+
+    assert abs(off(found)) <= 0.25
+    monkeypatch.setattr(tail, "TILT", 0.0)
+    assert off(problem.sparse()) <= -0.4
 
 
 @pytest.mark.parametrize("order", ["reversed", "shuffled"])

@@ -155,6 +155,10 @@ __global__ void __launch_bounds__(32 * kRowWarps)
     for (int j = lane; j < p.count / 2; j += 32) out[j] = {narrow<T>(0.0f), narrow<T>(0.0f)};
     return;
   }
+  // The masses of the first 64 groups are on their way while the logits are: in the loop below nobody waits for them.
+  const float* masses = p.mass + row * p.groups;
+  const float mass_low = lane < p.groups ? masses[lane] : 0.0f;
+  const float mass_high = lane + 32 < p.groups ? masses[lane + 32] : 0.0f;
   const auto* means = reinterpret_cast<const float2*>(p.means + p.classes[row] * p.count);
   for (int j = lane; j < p.count / 2; j += 32) {
     const Pair<T> product = out[j];
@@ -173,7 +177,10 @@ __global__ void __launch_bounds__(32 * kRowWarps)
     const int middle = end_of(next), last = end_of(middle);
     const int begin = lane < 16 ? next : middle, end = lane < 16 ? middle : last;
     next = last;
-    const float mass = begin < end ? p.mass[row * p.groups + p.ids[begin] / kGroupCols] : 0.0f;
+    const int group = begin < end ? static_cast<int>(p.ids[begin] / kGroupCols) : 0;
+    const float low = __shfl_sync(~0u, mass_low, group % 32);
+    const float high = __shfl_sync(~0u, mass_high, group % 32);
+    const float mass = group < 32 ? low : group < 64 ? high : masses[group];
     const float each = 1.0f / static_cast<float>(max(end - begin, 1));
     float sum = 0.0f, squares = 0.0f;
     for (int j = begin + lane % 16; j < end; j += 16) {
