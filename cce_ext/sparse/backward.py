@@ -212,7 +212,7 @@ def _factors(
     shape, totals = torch.ops.cce.tail_shapes(sums, call.e, tail.SHARED, smoothing)
     tilt = products.Tilt(None, None, None)
     if need_rows:
-        ids, first = torch.ops.cce.tilt_ids(sums, totals, tail.tilt_size(call.c.shape[0]))
+        ids, first = torch.ops.cce.tilt_ids(sums, totals, tail.TILT_IDS)
         tilt = _tilt(call, ids, first, classes, sample, row_mass, lists.mass, a, units)
     dbias = None
     if need_bias:  # not of rounded numbers

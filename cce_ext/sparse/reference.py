@@ -169,7 +169,7 @@ def sparse_gradients(
         target_part = target_part * capped.gather(1, slot[:, None])[:, 0]
     target_part = torch.where(is_target, target_part[:, None], 0)
     g = kept_weight.mul_(scale * a[:, None]).sub_(target_part).add_(tail.dense(spread))
-    ids = tail.tilt_ids(weights, tail.tilt_size(vocab), tilt_start)
+    ids = tail.tilt_ids(weights, min(tail.TILT_IDS, vocab), tilt_start)
     tilt = tail.tilt(z[:, ids.ids], ids, tail.Rows(classes, mass, sample))
     tilt *= (scale * a_sparse)[:, None]
     everything = a[exact, None] * p[exact] - d[exact, None] * (smoothing / shard.vocab)

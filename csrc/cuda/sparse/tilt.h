@@ -6,7 +6,7 @@
 
 namespace cce::cuda {
 
-constexpr int kMaxTiltIds = 1024;
+constexpr int kMaxTiltIds = 1024;  // of which a warp has a copy in shared memory
 
 // Ids at equal steps of the cumulated tail.
 struct TiltIdsParams {
