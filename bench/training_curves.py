@@ -55,11 +55,13 @@ QUICK = Setting(2048, 400_000, 64, 4, 64, 30, 1, 10, 2048, 2.0**-13)
 
 
 class Facts(NamedTuple):
-    """What a step's backward did: whether every row was sparse, and T, the share of the probability
-    mass that the filter dropped or would have dropped (NaN where there is no filter)."""
+    """What a step's backward did: whether every row was sparse, T, the share of the probability mass
+    that the filter dropped or would have dropped (NaN where there is no filter), and the rows that
+    went the exact way."""
 
     sparse: bool = False
     dropped_share: float = math.nan
+    exact_rows: int = 0
 
 
 class Losses(NamedTuple):
@@ -80,7 +82,8 @@ class _Reference(torch.autograd.Function):
         found = sparse_gradients(
             e.new_full((n,), 1 / n), None, e, c, targets, None, None, None, LossOptions(), eps
         )
-        _Reference.facts = Facts(not found.exact_rows.any(), found.dropped_share.item())
+        exact = int(found.exact_rows.sum())
+        _Reference.facts = Facts(exact == 0, found.dropped_share.item(), exact)
         ctx.save_for_backward(found.de, found.dc)
         return F.cross_entropy(e @ c.T, targets)
 
@@ -108,7 +111,8 @@ def methods(device: torch.device, eps: float) -> dict[str, Losses]:
         found = diagnostics()
         if found.get("exact") != "":
             return Facts()
-        return Facts(found["exact_rows"] == 0, found["dropped_share"])
+        exact = found["exact_rows"]
+        return Facts(exact == 0, found["dropped_share"], exact)
 
     def high(e: Tensor, c: Tensor, targets: Tensor) -> Tensor:
         return linear_cross_entropy(e, c, targets, filter_eps="high")
