@@ -22,7 +22,7 @@ from tqdm import tqdm
 from bench.llm_data import llm_like
 from bench.methods import METHODS, Loss, cce, eager, installed
 from bench.problems import DTYPES, SHAPES, Problem, random_inputs
-from bench.results import Results, error_text, path_taken
+from bench.results import Results, error_text, headline, path_taken
 from bench.trained_head import DEFAULT_PATH, TrainedHead, load_head
 from cce_ext import linear_cross_entropy
 from cce_ext.options import LossOptions
@@ -243,9 +243,7 @@ def main() -> None:
     results = Results.start(device, "bench.accuracy")
     # On a CPU the threshold changes nothing: every backward is exact there.
     methods = accuracy_methods(args.methods, args.eps, gpu, args.algorithm)
-    print(
-        f"{results.machine['name']}, torch {torch.__version__}, commit {results.machine['commit']}"
-    )
+    print(headline(results))
     if args.only != "head":
         run(results, synthetic_cases(shape, n, dtype, device), methods, args.json)
     if args.only == "synthetic":

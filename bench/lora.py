@@ -20,8 +20,9 @@ from tqdm import tqdm
 
 from bench.methods import METHODS
 from bench.problems import Config, make_problem, named
+from bench.results import commit_text, commits
 from bench.timing import MB, Timer, cuda_memory, make_call, matmul_call, summarise
-from cce_ext import build_info, diagnostics
+from cce_ext import diagnostics
 
 FACTS = ("kept", "dropped_share", "exact_rows")
 
@@ -141,8 +142,8 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         parser.error("there is no CUDA device; --device cpu --quick runs small on the CPU")
     shape, n, rank = ("quick", 64, 8) if args.quick else ("gemma2", 8192, 256)
     name = torch.cuda.get_device_name() if args.device == "cuda" else "CPU"
-    commit = build_info().get("git_commit", "unknown")
-    print(f"{name}, torch {torch.__version__}, commit {commit}")
+    measured = commits()
+    print(f"{name}, torch {torch.__version__}, {commit_text(measured)}")
     print(f"  {'method':<11}{'ms':>9}{'x matmul':>10}{'extra MB':>10}  sparse backward")
     head: list[dict[str, Any]] = []
     for data in ("random", "llm"):
@@ -161,7 +162,8 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
             f"{row['impl']:<11}{row['first']:>8.4f}{row['last']:>14.4f}{row['gap_of_last']:>11.4f}"
             f"{row['largest_gap']:>13.4f}{row['norm_of_b']:>11.3f}"
         )
-    result = {"device": name, "torch": torch.__version__, "head": head, "training": training}
+    result = {"device": name, "torch": torch.__version__, **measured}
+    result |= {"head": head, "training": training}
     if args.json:
         with open(args.json, "w") as file:
             json.dump(result | {"n": n, "rank": rank}, file, indent=1)

@@ -23,18 +23,33 @@ ROOT = Path(__file__).resolve().parent.parent
 CACHE = ROOT / "bench" / "results"
 
 
-def commit() -> str:
-    """The commit of the measured library, as it says itself; of this checkout, with a mark if files
-    differ from it, where there is none or it does not know."""
-    built = build_info().get("git_commit")
-    if built and built != "unknown":
-        return str(built)
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+def _git(*arguments: str) -> str:
+    """What git says about this checkout, "" where there is no git or no history."""
     try:
-        out = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+        done = subprocess.run(
+            ["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True
+        )
     except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-    return out.stdout.strip()
+        return ""
+    return done.stdout.strip()
+
+
+def commits() -> dict[str, str]:
+    """What was measured, "-dirty" where files differed from it.
+
+    Keys: commit; commit_of, where it is from: "library", which knows what it was built from (a
+    checkout may have another history, or none), else "checkout", else "unknown"; and checkout,
+    where the library's commit is known to it but another one is checked out: the Python files are
+    of that one.
+    """
+    here = _git("describe", "--always", "--dirty", "--abbrev=12", "--exclude=*")
+    built = build_info().get("git_commit")
+    if not built:
+        return {"commit": here or "unknown", "commit_of": "checkout" if here else "unknown"}
+    found = {"commit": built, "commit_of": "library"}
+    if here not in ("", built) and _git("cat-file", "-t", built.removesuffix("-dirty")) == "commit":
+        found["checkout"] = here
+    return found
 
 
 def machine(device: torch.device) -> dict[str, Any]:
@@ -44,7 +59,7 @@ def machine(device: torch.device) -> dict[str, Any]:
         "name": platform.machine(),
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "commit": commit(),
+        **commits(),
         "packages": versions(),
     }
     if device.type == "cuda":
@@ -104,10 +119,16 @@ class Results:
         part.replace(path)
 
 
+def commit_text(facts: dict[str, Any]) -> str:
+    """The commit of a run's `machine`, in words; of older runs it is not known whose it is."""
+    text = f"commit {facts['commit']}"
+    return text + (f" (Python files: {facts['checkout']})" if "checkout" in facts else "")
+
+
 def headline(results: Results) -> str:
     """The machine in one line."""
     facts = results.machine
-    parts = [facts["name"], f"torch {facts['torch']}", f"commit {facts['commit']}"]
+    parts = [facts["name"], f"torch {facts['torch']}", commit_text(facts)]
     if "capability" in facts:
         parts.append(f"{facts['capability']}, {facts['threads']} threads")
     parts += [f"{name} {version}" for name, version in facts["packages"].items()]

@@ -1,5 +1,5 @@
-"""What the sparse path's forward takes beyond its inputs, from the shapes alone:
-``python -m bench.sparse_memory N V D [R]``; needs no GPU.
+"""What the sparse path's forward takes beyond its inputs, and its backward for the tail's tilt, from the
+shapes alone: ``python -m bench.sparse_memory N V D [R]``; needs no GPU.
 
 Every list has a fixed capacity, so the peak of each step is a sum of array sizes, whatever the data.
 Counted are arrays that grow with N times something; those with a few bytes a row or a vocabulary
@@ -20,7 +20,7 @@ from cce_ext.sparse.forward import (
     candidate_capacity,
     kept_capacity,
 )
-from cce_ext.sparse.tail import GROUP, groups
+from cce_ext.sparse.tail import GROUP, TILT_IDS, groups
 
 # As in csrc/torch/cuda_call.h: partials of the splits at most, converted adapter rows of a launch.
 _PARTIAL_BYTES = 12 << 20
@@ -57,6 +57,13 @@ def forward_peaks(
     }
 
 
+def tilt_bytes(n: int, d: int, r: int) -> int:
+    """What the backward holds of the tilt, of J ids, from the tail's shapes to the last gradient by
+    rows; those by columns begin without it. 16 bits each: the tilt itself (N, J), rows of c (J, D),
+    of lora_b (J, R)."""
+    return 2 * TILT_IDS * (n + d + r)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split(":")[0])
     parser.add_argument("shape", type=int, nargs="+", help="N V D, and R of a low-rank head")
@@ -69,6 +76,7 @@ def main() -> None:
     eps = args.eps or 2.0**-13
     for step, size in forward_peaks(n, v, d, r, eps, not args.same_dtype).items():
         print(f"{step:26} {size / MB:8.1f} MB")
+    print(f"{'tilt, in the backward':26} {tilt_bytes(n, d, r) / MB:8.1f} MB")
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.accuracy import ALGORITHM, ROUNDED, threshold
-from bench.results import ROOT, Results, load
+from bench.results import ROOT, Results, commit_text, load
 
 Row = dict[str, Any]
 _BLOCK = re.compile(r"(<!-- table: (\w+) (\S+) -->\n)(.*?)(<!-- end of table -->)", re.DOTALL)
@@ -45,9 +45,7 @@ def source(results: Results) -> str:
     where = facts["name"]
     if facts["device"] == "cpu":
         where = f"a CPU with {facts['capability']}, {facts['threads']} threads"
-    return (
-        f"From `{results.command}` on {where}, torch {facts['torch']}, commit {facts['commit']}.\n"
-    )
+    return f"From `{results.command}` on {where}, torch {facts['torch']}, {commit_text(facts)}.\n"
 
 
 def number(value: float | None) -> str:

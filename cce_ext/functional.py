@@ -105,10 +105,11 @@ def linear_cross_entropy(
             of a token's distribution: "auto" (2⁻¹³ for bfloat16; 2⁻¹⁵ for float16), "high" (2⁻¹⁵),
             a number, or None for the exact gradient. What the entries below weigh is not lost:
             their total is exact for each token and each 4608 ids, and is spread as it is in a
-            sample of tokens (cce_ext/sparse). Exact all the same: every other device and
-            implementation; vocabularies of up to 16384 ids; label smoothing under a softcap; shards
-            of up to 8192 ids; calls whose tokens are so undecided that over a tenth of the
-            probability would be dropped. ``diagnostics()`` says which it was.
+            sample of tokens, for the gradients of e and lora_a tilted by the token's own logits
+            (cce_ext/sparse). Exact all the same: every other device and implementation;
+            vocabularies of up to 16384 ids; label smoothing under a softcap; shards of up to 8192
+            ids; calls whose tokens are so undecided that over a tenth of the probability would be
+            dropped. ``diagnostics()`` says which it was.
         accum_e_fp32, accum_c_fp32: accepted for compatibility; sums are always float32 or better.
         filter_e_grad, filter_c_grad: whether the filter may act on the gradient of e, of c.
         impl: "cce" (default), a preset of it ("cce_exact", "cce_kahan", "cce_kahan_full",

@@ -18,7 +18,7 @@ from bench.accuracy import Case, accuracy_methods, measure_case, threshold
 from bench.compare import changes
 from bench.methods import METHODS, UnsupportedError, installed
 from bench.problems import Config, Problem, make_problem
-from bench.results import Results, load
+from bench.results import Results, commit_text, load
 from bench.speed import Work, measure
 from bench.tables import FROM_FILES, TABLES, documents, rewrite
 from bench.timing import KINDS, Timer
@@ -59,11 +59,43 @@ def test_documents_agree_with_the_committed_runs() -> None:
     assert blocks >= 1
 
 
-def test_a_run_names_the_library_that_was_measured(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("bench.results.build_info", lambda: {"git_commit": "0123456789ab"})
-    assert run("cce").machine["commit"] == "0123456789ab"
-    monkeypatch.setattr("bench.results.build_info", dict)
-    assert run("cce").machine["commit"] not in ("0123456789ab", "")
+def test_a_run_names_the_library_that_was_measured(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def git(*arguments: str) -> str:
+        command = ["git", "-c", "user.name=a", "-c", "user.email=a@example.org", *arguments]
+        return subprocess.run(
+            command, cwd=tmp_path, capture_output=True, text=True, check=True
+        ).stdout
+
+    def measured(built: str | None) -> tuple[dict, str]:
+        facts = {} if built is None else {"git_commit": built}
+        monkeypatch.setattr("bench.results.build_info", lambda: facts)
+        machine = Results.start(CPU, "bench").machine
+        keys = ("commit", "commit_of", "checkout")
+        return {key: machine[key] for key in keys if key in machine}, commit_text(machine)
+
+    monkeypatch.setattr("bench.results.ROOT", tmp_path)
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    elsewhere = "0123456789ab"
+    of_library = ({"commit": elsewhere, "commit_of": "library"}, f"commit {elsewhere}")
+    assert measured(elsewhere) == of_library  # no history here
+    assert measured(None) == ({"commit": "unknown", "commit_of": "unknown"}, "commit unknown")
+
+    git("init")
+    (tmp_path / "file").write_text("one")
+    git("add", "file")
+    for message in ("first", "second"):
+        git("commit", "--allow-empty", "-m", message)
+    first, second = (git("rev-parse", "--short=12", name).strip() for name in ("HEAD~", "HEAD"))
+    assert measured(elsewhere) == of_library  # another history
+    assert measured(None)[0] == {"commit": second, "commit_of": "checkout"}
+    assert measured(second) == ({"commit": second, "commit_of": "library"}, f"commit {second}")
+    (tmp_path / "file").write_text("two")
+    for built in (first, f"{first}-dirty"):
+        facts, text = measured(built)
+        assert facts == {"commit": built, "commit_of": "library", "checkout": f"{second}-dirty"}
+        assert text == f"commit {built} (Python files: {second}-dirty)"
 
 
 def test_tables_change_with_the_run(tmp_path: Path) -> None:

@@ -86,7 +86,8 @@ def of_shard(
 
 def check_errors(problem: Problem, whole: SparseGradients, got: dict[str, Tensor]) -> None:
     """got: whole gradients by e and u, this rank's rows of the others, by their names. No further
-    from the exact ones than what one process makes, whose classes of rows are fewer."""
+    from the exact ones than what one process makes, whose classes of rows, and ids that tilt the
+    tail, are fewer."""
     limits = problem.errors(whole)
     for name, gradient in got.items():
         parts = [None] * dist.get_world_size()

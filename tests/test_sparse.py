@@ -30,6 +30,14 @@ F64 = torch.float64
 @pytest.mark.parametrize("name", CASES)
 def test_every_row_and_group_keeps_its_mass(name: str) -> None:
     problem, capacity = make(**CASES[name])
+    # Columns that tell de the sum of each group, tilt and all; hidden states of 0 there leave the
+    # logits alone.
+    width, group = problem.e.shape[1], torch.arange(problem.c.shape[0]) // tail.GROUP
+    member = torch.nn.functional.one_hot(group).to(problem.c.dtype)
+    zeros = problem.e.new_zeros(problem.e.shape[0], member.shape[1])
+    problem = replace(
+        problem, e=torch.cat([problem.e, zeros], 1), c=torch.cat([problem.c, member], 1)
+    )
     found = problem.sparse(capacity=capacity)
     exact = found.exact_rows.sum()
     assert exact < (problem.targets != -100).sum(), "nothing was sparse"
@@ -37,6 +45,9 @@ def test_every_row_and_group_keeps_its_mass(name: str) -> None:
     a = problem.a.abs()
     off = (by_group(found.dproducts) - by_group(problem.exact["products"])).abs()
     assert (off <= 1e-5 * a[:, None]).all()
+    tilt = found.de - found.dproducts @ problem.c
+    assert (tilt[:, width:].abs() <= 1e-12 * a[:, None]).all()
+    assert tilt.norm() > 1e-5 * found.de.norm(), "nothing was tilted"
     total = found.dbias.sum() - problem.exact["products"].sum()
     assert total.abs() <= 1e-5 * a.sum()
     assert (found.dproducts[problem.targets == -100] == 0).all()
@@ -58,7 +69,7 @@ def test_kept_entries_are_exact() -> None:
     assert kept.sum() == found.kept.sum() + len(problem.targets)
     exact = problem.exact["products"]
     # A kept entry, plus nothing of the tail: its shape is that of dropped entries, but a column that
-    # one row keeps another row drops.
+    # one row keeps another row drops. Gradients by rows have the tilt beside this, by sampled ids.
     spread = (found.dproducts - exact)[kept].abs().sum()
     assert spread <= 0.1 * exact[kept].abs().sum()
     assert error(torch.where(kept, found.dproducts, 0), torch.where(kept, exact, 0)) < 1e-2

@@ -94,8 +94,8 @@ def draw_backward(axes: Axes, p: Tensor, targets: Tensor) -> None:
     axes.set_title("Backward: kept entries, and a tail")
     axes.text(
         0.5, -0.27,
-        f"dots: entries above the threshold, exact (red: targets)\nshades: groups of {GROUP} ids; the mass that a "
-        "row drops in one is spread\nover it by the shape that rows of its class have",
+        f"dots: entries above the threshold, exact (red: targets)\nshades: groups of {GROUP} ids; what a row "
+        "drops in one is spread by the\nshape of its class, which for dE leans the way its own logits do",
         transform=axes.transAxes, ha="center", va="top", fontsize=8,
     )  # fmt: skip
 
