@@ -26,7 +26,7 @@ SAMPLE = 256
 SHARED = 1e-3
 #: share of the probability mass that may be dropped; flatter calls take the exact path
 FLAT = 0.10
-#: ids sampled for the tilt: twice as many lower the error of dE on a trained head by a tenth
+#: ids sampled for the tilt: twice as many lower the error of dE on a trained head by a sixth
 TILT_IDS = 512
 # Tilt β = TILT / (1 + TILT_DAMPING v), where v is the variance of a row's x: to first order it is 1, but
 # what is dropped ends at the threshold, and the larger v, the less the first order says.
