@@ -19,6 +19,8 @@ from torch.amp.autocast_mode import _cast
 AUTOCAST_KEYS = {"cpu": "AutocastCPU", "cuda": "AutocastCUDA"}
 # Tensors of an op: e, c, targets, bias, u, lora_b.
 _INPUTS = 6
+# Those that have a gradient: all but targets.
+_DIFFERENTIABLE = (0, 1, 3, 4, 5)
 _PLAIN = (Tensor, nn.Parameter)
 
 _direct: dict[str, Callable[..., tuple]] = {}
@@ -62,6 +64,35 @@ def backward(op: Callable[..., tuple], kernel: Callable[..., tuple]) -> Callable
             return kernel(*args)
 
     return call
+
+
+def formula(op: Callable[..., tuple], kernel: Callable[..., tuple]) -> Callable[..., tuple]:
+    """The backward of an op's pair for autograd; op, kernel: as in `backward`.
+
+    The context has saved the inputs, the lse, and the lists of a sparse forward if there are any,
+    and has the options that follow the inputs as ``options``.
+    """
+    run = backward(op, kernel)
+
+    def gradients(ctx: Any, dnll: Tensor | None, dlse: Tensor | None, *_: Tensor | None) -> tuple:
+        needs = ctx.needs_input_grad
+        results: list[Tensor | None] = [None] * len(needs)
+        if dnll is None and dlse is None:
+            return tuple(results)
+        saved = ctx.saved_tensors
+        e, c, targets, bias, u, lora_b, lse, *lists = saved
+        # Of one shard alone: no share of dropped mass that all shards have told each other.
+        sparse = (lists, None) if lists else ()
+        wanted = [needs[place] for place in _DIFFERENTIABLE]
+        found = run(
+            (dnll, dlse, *saved),
+            dnll, dlse, e, c, targets, lse, bias, u, lora_b, *sparse, *ctx.options, *wanted,
+        )  # fmt: skip
+        for place, need, gradient in zip(_DIFFERENTIABLE, wanted, found, strict=True):
+            results[place] = gradient if need else None
+        return tuple(results)
+
+    return gradients
 
 
 def with_autocast(run: Callable[..., tuple], device: str) -> Callable[..., tuple]:

@@ -68,23 +68,6 @@ def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
     ctx.mark_non_differentiable(*others)
 
 
-def _make_backward(op: Any) -> Any:
-    run = eager.backward(op, op)
-
-    def backward(ctx: Any, dnll: Tensor | None, dlse: Tensor | None, *_: Tensor | None) -> tuple:
-        needs = ctx.needs_input_grad
-        wanted = [needs[_INPUTS.index(name)] for name in ("e", "c", "bias", "u", "lora_b")]
-        if dnll is None and dlse is None:
-            return (None,) * len(needs)
-        e, c, targets, bias, u, lora_b, lse = ctx.saved_tensors
-        tensors = (dnll, dlse, e, c, targets, lse, bias, u, lora_b)
-        grads = run(tensors, *tensors, *ctx.options, *wanted)
-        de, dc, dbias, du, db = (g if w else None for g, w in zip(grads, wanted, strict=True))
-        return (de, dc, None, dbias, du, db, *(None,) * (len(needs) - len(_INPUTS)))
-
-    return backward
-
-
 def _refuse_double_backward(ctx: Any, *_: Tensor | None) -> tuple:
     raise RuntimeError(_NO_DOUBLE_BACKWARD)
 
@@ -119,7 +102,7 @@ def register_pair(name: str) -> None:
     backward_op = getattr(torch.ops.cce, f"{name}_backward").default
     torch.library.register_fake(forward, _fake_forward, lib=_library)
     torch.library.register_fake(backward, _fake_backward, lib=_library)
-    formula = _make_backward(backward_op)
+    formula = eager.formula(backward_op, backward_op)
     torch.library.register_autograd(forward, formula, setup_context=_setup_context, lib=_library)
     torch.library.register_autograd(
         backward,

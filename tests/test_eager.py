@@ -127,3 +127,38 @@ def test_saved_tensors_pass_through_hooks() -> None:
     assert not any(t.requires_grad for t in others)
     with torch.no_grad():
         assert not eager.forward("linear_ce", *arguments)[0].requires_grad
+
+
+@pytest.mark.parametrize(
+    "wanted", [("e", "u", "lora_b"), ("e", "c", "bias", "u", "lora_b"), ("c",)]
+)
+def test_the_sparse_pair_has_gradients_where_they_are_wanted(
+    wanted: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Shapes and dtypes alone: its kernels are for GPUs."""
+    monkeypatch.setattr(eager, "is_plain", lambda tensors: False)
+    n, v, d, r = 130, 20000, 64, 8
+    half, single = torch.bfloat16, torch.float32
+    kinds = {
+        "e": ((n, d), half),
+        "c": ((v, d), half),
+        "bias": ((v,), single),
+        "u": ((n, r), half),
+        "lora_b": ((v, r), single),
+    }
+    t = {
+        name: torch.empty(shape, dtype=dtype, device="meta", requires_grad=name in wanted)
+        for name, (shape, dtype) in kinds.items()
+    }
+    targets = torch.empty(n, dtype=torch.long, device="meta")
+    nll, lse, *_ = torch.ops.cce.sparse_ce_forward(
+        t["e"], t["c"], targets, t["bias"], t["u"], t["lora_b"],
+        -100, 0.0, 1.0, 0.0, 0, 0, False, 2.0**-13, True, True,
+    )  # fmt: skip
+    (nll.sum() + lse.sum()).backward()
+    for name, (shape, dtype) in kinds.items():
+        if name not in wanted:
+            assert t[name].grad is None
+        else:
+            assert t[name].grad.shape == shape
+            assert t[name].grad.dtype == dtype

@@ -97,25 +97,6 @@ def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
     ctx.mark_non_differentiable(*others)
 
 
-def _make_backward(op: Callable[..., tuple]) -> Callable[..., tuple]:
-    run = eager.backward(op, gradients)
-
-    def formula(ctx: Any, dnll: Tensor | None, dlse: Tensor | None, *_: Tensor | None) -> tuple:
-        needs = ctx.needs_input_grad
-        if dnll is None and dlse is None:
-            return (None,) * len(needs)
-        wanted = [needs[_INPUTS.index(name)] for name in ("e", "c", "bias", "u", "lora_b")]
-        e, c, targets, bias, u, lora_b, lse, *lists = saved = ctx.saved_tensors
-        grads = run(
-            (dnll, dlse, *saved),
-            dnll, dlse, e, c, targets, lse, bias, u, lora_b, lists, None, *ctx.options, *wanted,
-        )  # fmt: skip
-        de, dc, dbias, du, db = (g if w else None for g, w in zip(grads, wanted, strict=True))
-        return (de, dc, None, dbias, du, db, *(None,) * (len(needs) - len(_INPUTS)))
-
-    return formula
-
-
 def register(
     library: torch.library.Library,
     fake_forward: Callable[..., tuple],
@@ -134,7 +115,7 @@ def register(
     forward_op, backward_op = (
         getattr(torch.ops.cce, f"sparse_ce_{half}").default for half in ("forward", "backward")
     )
-    formula = _make_backward(backward_op)
+    formula = eager.formula(backward_op, gradients)
     torch.library.register_autograd(names[0], formula, setup_context=_setup_context, lib=library)
     torch.library.register_autograd(
         names[1], refuse_double, setup_context=lambda ctx, inputs, output: None, lib=library
