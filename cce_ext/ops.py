@@ -20,7 +20,6 @@ from cce_ext.cuda_backward import exact_backward
 from cce_ext.sparse import op as sparse
 
 # Inputs of a forward op, in order.
-_INPUTS = ("e", "c", "targets", "bias", "u", "lora_b")
 _NO_DOUBLE_BACKWARD = (
     "double backward is not supported by linear_cross_entropy: its gradients are not differentiable again. "
     'Use impl="reference", which is plain PyTorch, for second derivatives.'

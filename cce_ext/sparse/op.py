@@ -19,7 +19,6 @@ from cce_ext.sparse.forward import Lists, fake_lists, forward, kept_capacity, pr
 SMALL_VOCAB = 16384
 #: so are shards of a larger one up to this size: their matmuls are cheap, their softmax is not dense
 SMALL_SHARD = 8192
-_INPUTS = ("e", "c", "targets", "bias", "u", "lora_b")
 _OPTIONS = "int ignore_index, float softcap, float logit_scale, float label_smoothing, int vocab_start, int vocab_total"
 _FILTER = "float eps, bool e_grad, bool c_grad"
 _LISTS = ", ".join(f"Tensor {name}" for name in Lists._fields)

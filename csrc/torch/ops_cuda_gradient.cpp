@@ -120,10 +120,9 @@ void gather_cuda(Tensor out, Tensor source, Tensor first, std::optional<Tensor> 
                   "out and source must have the same columns, one beside the other");
   cuda::GatherParams p;
   p.source_fp32 = source.scalar_type() == ScalarType::Float;
-  p.out_fp32 = out.scalar_type() == ScalarType::Float;
-  if (!p.source_fp32 || !p.out_fp32) p.dtype = kernel_dtype(p.source_fp32 ? out : source);
-  STD_TORCH_CHECK(p.source_fp32 || p.out_fp32 || out.scalar_type() == source.scalar_type(),
-                  "out must be float32 or of source's dtype");
+  const Tensor& half = p.source_fp32 ? out : source;  // unless both are float32
+  p.out_fp32 = is_fp32_beside(out, half, "out");
+  if (half.scalar_type() != ScalarType::Float) p.dtype = kernel_dtype(half);
   p.source = source.const_data_ptr();
   p.source_ld = source.stride(0);
   p.out = out.mutable_data_ptr();

@@ -5,8 +5,9 @@
 // out in turn). Products: sm80/product (tiles 128 x 256 of dE, dU, dC, dB, taken from a counter, long ones first; who
 // computes a tile does not matter to its sum). Shared memory: the pipeline and two sets of row records, used by both in
 // turn, and a few words that thread 0 fills. Barrier protocol: a grid barrier after each of the two phases, and before them
-// one after the rounding of B's rows where B is float32; the counter is cleared during the recompute. Registers: all of them; up to 40 bytes a thread are spilled, outside the loops over K. Numbers
-// that another block may have written are read past the first-level cache.
+// one after the rounding of B's rows where B is float32; the counter is cleared during the recompute. Registers: all of
+// them; up to 48 bytes a thread are spilled, outside the loops over K. Numbers that another block may have written are read
+// past the first-level cache.
 #pragma once
 
 #include <cooperative_groups.h>

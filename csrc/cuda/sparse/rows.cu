@@ -12,8 +12,6 @@ namespace cce::cuda {
 namespace {
 
 constexpr int kBlock = 1024, kThreads = 128;
-// Rows that drop less than this have no tail worth a sample, and 1 / mass would not be finite.
-constexpr float kNothing = 1e-30f;
 // Steps of the largest row's share; a million rows of them still fit into 64 bits.
 constexpr double kSteps = 1099511627776.0;  // 2^40
 

@@ -115,7 +115,7 @@ __global__ void __launch_bounds__(kShapeThreads)
   using Sum = cub::BlockReduce<int64_t, kShapeThreads>;
   __shared__ typename Sum::TempStorage storage;
   steps = Sum(storage).Sum(steps);
-  if (p.totals && threadIdx.x == 0) p.totals[blockIdx.x] = steps;
+  if (threadIdx.x == 0) p.totals[blockIdx.x] = steps;
 #pragma unroll
   for (int k = 0; k < kTailClasses; ++k) {
     float sum = 0.0f;

@@ -7,6 +7,8 @@
 namespace cce::cuda {
 
 constexpr int kTailClasses = 8;  // as in tail.py
+// Rows that drop less than this have no tail worth a sample, and 1 / mass would not be finite.
+constexpr float kNothing = 1e-30f;
 // What shapes are multiplied by in float16, whose numbers end at 6e-8: they are about 1 / kGroupCols.
 constexpr float kShapeLift = 64.0f;
 
@@ -65,7 +67,7 @@ struct TailShapesParams {
   enum class Out { kBFloat16, kHalf, kFloat } dtype = Out::kBFloat16;
   void* shapes = nullptr;  // (kTailClasses (+ 1), ld); times kShapeLift if half
   int64_t ld = 0;
-  int64_t* totals = nullptr;  // (groups,): the ids' steps, or null
+  int64_t* totals = nullptr;  // (groups,): the ids' steps
 };
 
 cudaError_t tail_shapes(const TailShapesParams& params, cudaStream_t stream);

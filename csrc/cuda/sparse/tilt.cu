@@ -1,8 +1,6 @@
 // The tail's tilt by a sample of ids: the ids (a block a group, each thread with nine neighbouring ones), the classes'
 // mean logits (32 ids a block, eight threads an id), then a warp a row, whose numbers stay in shared memory between three
 // passes, two groups at a time. cce_ext/sparse/tail.py has the same steps in PyTorch. No atomics; sums in a fixed order.
-#include <algorithm>
-#include <cfloat>
 #include <cub/block/block_reduce.cuh>
 #include <cub/block/block_scan.cuh>
 
@@ -18,8 +16,6 @@ constexpr int kIdThreads = 512, kIdCols = kGroupCols / kIdThreads;
 static_assert(kIdCols * kIdThreads == kGroupCols, "whole columns a thread");
 constexpr int kMeanCols = 32, kMeanParts = 8;
 constexpr int kRowWarps = 8;
-// Rows that drop less than this have no tail.
-constexpr float kNothing = 1e-30f;
 
 // How many of `count` aims, half a step and then a step apart, lie before x.
 __device__ __forceinline__ int aims_before(int64_t x, int64_t step, int count) {
