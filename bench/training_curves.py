@@ -55,13 +55,14 @@ QUICK = Setting(2048, 400_000, 64, 4, 64, 30, 1, 10, 2048, 2.0**-13)
 
 
 class Facts(NamedTuple):
-    """What a step's backward did: whether every row was sparse, T, the share of the probability mass
-    that the filter dropped or would have dropped (NaN where there is no filter), and the rows that
-    went the exact way."""
+    """What a step's backward did: the share of the tokens that went the exact way; T, the share of
+    the probability mass that the filter dropped or would have dropped, and candidates and kept
+    entries a token (NaN where there is no filter)."""
 
-    sparse: bool = False
+    exact_share: float = 1.0
     dropped_share: float = math.nan
-    exact_rows: int = 0
+    candidates: float = math.nan
+    kept: float = math.nan
 
 
 class Losses(NamedTuple):
@@ -82,8 +83,9 @@ class _Reference(torch.autograd.Function):
         found = sparse_gradients(
             e.new_full((n,), 1 / n), None, e, c, targets, None, None, None, LossOptions(), eps
         )
-        exact = int(found.exact_rows.sum())
-        _Reference.facts = Facts(exact == 0, found.dropped_share.item(), exact)
+        share, exact = found.dropped_share, found.exact_rows
+        counts = [x.double().mean().item() for x in (exact, share, found.candidates, found.kept)]
+        _Reference.facts = Facts(*counts)
         ctx.save_for_backward(found.de, found.dc)
         return F.cross_entropy(e @ c.T, targets)
 
@@ -111,8 +113,9 @@ def methods(device: torch.device, eps: float) -> dict[str, Losses]:
         found = diagnostics()
         if found.get("exact") != "":
             return Facts()
-        exact = found["exact_rows"]
-        return Facts(exact == 0, found["dropped_share"], exact)
+        n = found["shape"][0]
+        exact, candidates, kept = (found[x] / n for x in ("exact_rows", "candidates", "kept"))
+        return Facts(exact, found["dropped_share"], candidates, kept)
 
     def high(e: Tensor, c: Tensor, targets: Tensor) -> Tensor:
         return linear_cross_entropy(e, c, targets, filter_eps="high")
@@ -151,7 +154,7 @@ def train(
     seed: int,
     bar: tqdm,
 ) -> dict[str, Any]:
-    """One run: held-out losses by step, and what the backward did at those steps."""
+    """One run: held-out losses by step, and what the backward did on average since the look before."""
     device = held_out.device
     torch.manual_seed(seed)
     model = LanguageModel(vocab, setting.length, setting.width).to(device)
@@ -160,7 +163,8 @@ def train(
     )
     generator = torch.Generator().manual_seed(seed)
     curve: dict[int, float] = {}
-    steps: dict[int, dict[str, Any]] = {}
+    steps: dict[int, dict[str, float]] = {}
+    since: list[Facts] = []
     for step in range(setting.steps):
         batch = sample_batch(tokens, setting.batch, setting.length, generator).to(device)
         for group in optimizer.param_groups:
@@ -173,8 +177,11 @@ def train(
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         bar.update()
+        since.append(losses.facts())  # before another call
         if (step + 1) % setting.evaluate == 0:
-            steps[step + 1] = losses.facts()._asdict()  # before another call
+            means = map(statistics.fmean, zip(*since, strict=True))
+            steps[step + 1] = Facts(*means)._asdict()
+            since.clear()
             curve[step + 1] = held_out_loss(model, held_out, setting)
     return {"seed": seed, "held_out": curve, "backward": steps}
 
@@ -204,7 +211,7 @@ def run(setting: Setting, device: torch.device) -> dict[str, Any]:
         "runs": runs,
         "gaps": gaps,
         "sparse_share": statistics.mean(
-            facts["sparse"] for r in runs["default"] for facts in r["backward"].values()
+            1 - facts["exact_share"] for r in runs["default"] for facts in r["backward"].values()
         ),
     }
 
@@ -244,8 +251,8 @@ def show(facts: dict[str, Any]) -> None:
     s = facts["setting"]
     print(
         f"{facts['device']}, torch {facts['torch']}: {s['steps']} steps of {s['batch']} x {s['length']} "
-        f"tokens, vocabulary {s['vocab']}, {s['seeds']} seeds; the default gradient was sparse in "
-        f"{facts['sparse_share']:.0%} of the steps looked at"
+        f"tokens, vocabulary {s['vocab']}, {s['seeds']} seeds; the default gradient was sparse for "
+        f"{facts['sparse_share']:.0%} of all tokens"
     )
     print(f"{'loss':<10}{'held-out, nats':>16}{'above exact':>13}   by seed")
     for name, runs in facts["runs"].items():
@@ -255,8 +262,12 @@ def show(facts: dict[str, Any]) -> None:
             f"{name:<10}{statistics.mean(values):>16.4f}{statistics.mean(gaps):>+13.4f}   "
             + " ".join(f"{gap:+.4f}" for gap in gaps)
         )
-    shares = [list(r["backward"].values())[-1]["dropped_share"] for r in facts["runs"]["default"]]
-    print("mass below the default threshold at the end: " + " ".join(f"{x:.3f}" for x in shares))
+    print("default, first seed:     step     exact  dropped  candidates  kept (shares; a token)")
+    for step, f in facts["runs"]["default"][0]["backward"].items():
+        print(
+            f"{step:>29}{f['exact_share']:>10.0%}{f['dropped_share']:>9.1%}"
+            f"{f['candidates']:>12.0f}{f['kept']:>6.0f}"
+        )
     gap = statistics.mean(facts["gaps"]["default"])
     print(f"default above exact: {gap:+.4f}, limit {LIMIT} ({'met' if gap <= LIMIT else 'missed'})")
 

@@ -21,7 +21,7 @@ from cce_ext.reference import RowStatistics
 from cce_ext.sparse import tail
 
 # Columns at equal distances, and targets of the batch, whose logits bound the lse from below.
-SAMPLED_COLUMNS = SAMPLED_TARGETS = 1024
+SAMPLED_COLUMNS, SAMPLED_TARGETS = 512, 1024
 # Rows whose sampled logits are in memory at a time.
 BOUND_ROWS = 8192
 ROW_BLOCK = 128

@@ -14,7 +14,7 @@ from cce_ext.options import LossOptions
 from cce_ext.reference import logits
 from cce_ext.sparse import tail
 
-_SAMPLED_COLUMNS = 1024
+_SAMPLED_COLUMNS = 512
 _SAMPLED_TARGETS = 1024
 _ROW_BLOCK = 128
 
@@ -49,24 +49,31 @@ def _same(x: Tensor) -> Tensor:
     return x
 
 
-def sample_bound(z: Tensor, vocab: int) -> Tensor:
-    """A value (N,) that lies below each row's lse unless the row is very odd, but not by much if its
-    mass is spread over the vocabulary.
+def sample_bound(z: Tensor, strided: Tensor, frequent: Tensor) -> Tensor:
+    """A value (N,) that lies below each row's lse unless the row is very odd, but not by much.
 
-    z (N, S): the logits of S columns at equal distances. The eight largest count once, the others
-    for the columns between them; then a quarter of that.
+    z (N, V): the logits; strided (S,): ids at equal distances; frequent (T,): other ids that are
+    likely to have mass. The frequent ids and the eight largest strided ones count once, the other
+    strided ones for the ids between them, of that four standard errors less; but never more than
+    three quarters less than the estimate.
     """
-    top = z.topk(min(8, z.shape[1]), -1).values
-    reference = top[:, :1]
+    vocab, count = z.shape[1], strided.shape[0]
+    known = torch.logsumexp(z[:, frequent], -1)
+    once = torch.zeros(vocab, dtype=torch.bool, device=z.device).index_fill_(0, frequent, True)
+    others = torch.where(once[strided], -torch.inf, z[:, strided])
+    top = others.topk(min(8, count), -1)
+    reference = torch.maximum(known, top.values[:, 0])
     reference = torch.where(reference == -torch.inf, 0, reference)
-    weight = torch.exp(z - reference).sum(-1)
-    largest = torch.exp(top - reference).sum(-1)
-    rest = (weight - largest).clamp(min=0) * (vocab / z.shape[1])
-    return reference[:, 0] + torch.log((largest + rest) / 4)
+    seen = torch.exp(known - reference) + torch.exp(top.values - reference[:, None]).sum(-1)
+    rest = torch.exp(others.scatter(1, top.indices, -torch.inf) - reference[:, None])
+    estimate = seen + rest.sum(-1) * (vocab / count)
+    error = rest.square().sum(-1).sqrt() * (vocab / count)
+    least = torch.maximum(seen, torch.maximum(estimate - 4 * error, estimate / 4))
+    return reference + torch.log(least)
 
 
 def sampled_columns(vocab: int, device: torch.device | str = "cpu") -> Tensor:
-    """Up to 1024 column numbers at equal distances."""
+    """Up to 512 ids at equal distances."""
     count = min(_SAMPLED_COLUMNS, vocab)
     return torch.arange(count, device=device) * vocab // count
 
@@ -126,11 +133,9 @@ def sparse_gradients(
     a = d + upstream(dlse)
 
     # Forward: candidates; finish: what is kept, and the mass of what is not.
-    bound = sample_bound(z[:, sampled_columns(vocab, z.device)], vocab)
     frequent = sampled_targets(targets[valid]) - shard.start
     frequent = frequent[(frequent >= 0) & (frequent < vocab)]
-    if frequent.numel():
-        bound = torch.maximum(bound, torch.logsumexp(z[:, frequent], -1))
+    bound = sample_bound(z, sampled_columns(vocab, z.device), frequent)
     own = torch.where(here, z.gather(1, slot[:, None])[:, 0], -torch.inf)
     bound = shard.merge_bounds(torch.maximum(bound, own) - 0.01)
     candidate = (z >= bound[:, None] + math.log(eps)) if eps > 0 else z == z

@@ -39,17 +39,21 @@ __device__ __forceinline__ void load_logits(const BoundParams& p, const float* p
 #pragma unroll
   for (int i = 0; i < kPerLane; ++i) {
     const int column = first + 32 * i + static_cast<int>(threadIdx.x % 32);
-    const bool counts = column < end && (column < p.strided || p.counts[column]);
+    const bool counts = column < end && p.counts[column];
     x[i] = counts ? logit2(p, products, column) : -INFINITY;
   }
 }
 
-// log2 of the estimate over the strided columns: the eight largest count once, the others for the columns between them,
-// and of that a quarter.
-__device__ float strided_estimate(const BoundParams& p, const float* products) {
+// What the strided columns say, in units of 2^reference: the eight largest, and of the others sum and sum of squares.
+struct Estimate {
+  float reference = -INFINITY, largest = 0.0f, rest = 0.0f, squares = 0.0f;
+};
+
+__device__ Estimate estimate_strided(const BoundParams& p, const float* products) {
   float x[kPerLane];
   load_logits(p, products, 0, p.strided, x);
-  float below = INFINITY, reference = -INFINITY, largest = 0.0f;
+  Estimate e;
+  float below = INFINITY;
   // The next smaller value each time; equal values are taken together and count as one, which only lowers the result.
   for (int k = 0; k < kTop; ++k) {
     float top = -INFINITY;
@@ -57,20 +61,24 @@ __device__ float strided_estimate(const BoundParams& p, const float* products) {
     for (int i = 0; i < kPerLane; ++i) top = fmaxf(top, x[i] < below ? x[i] : -INFINITY);
     top = warp_max(top);
     if (top == -INFINITY) break;
-    if (k == 0) reference = top;
-    largest += ptx::ex2(top - reference);
+    if (k == 0) e.reference = top;
+    e.largest += ptx::ex2(top - e.reference);
     below = top;
   }
-  if (reference == -INFINITY) return -INFINITY;
-  float rest = 0.0f;
+  const float reference = finite_reference(e.reference);
 #pragma unroll
-  for (int i = 0; i < kPerLane; ++i) rest += x[i] < below ? ptx::ex2(x[i] - reference) : 0.0f;
-  rest = warp_sum(rest) * (static_cast<float>(p.vocab) / static_cast<float>(p.strided));
-  return reference + log2f(largest + rest) - 2.0f;
+  for (int i = 0; i < kPerLane; ++i) {
+    const float weight = x[i] < below ? ptx::ex2(x[i] - reference) : 0.0f;
+    e.rest += weight;
+    e.squares = fmaf(weight, weight, e.squares);
+  }
+  e.rest = warp_sum(e.rest);
+  e.squares = warp_sum(e.squares);
+  return e;
 }
 
-// log2 Σ over the other columns: part of the lse, so never above it.
-__device__ float partial_lse(const BoundParams& p, const float* products) {
+// Σ over the other columns.
+__device__ RowState add_sampled(const BoundParams& p, const float* products) {
   RowState state;
   for (int first = p.strided; first < p.columns; first += kMaxStrided) {
     float x[kPerLane];
@@ -84,15 +92,27 @@ __device__ float partial_lse(const BoundParams& p, const float* products) {
     for (int i = 0; i < kPerLane; ++i) sum += ptx::ex2(x[i] - reference);
     state = merge(state, {top, warp_sum(sum)});
   }
-  return state.max + log2f(state.sum);
+  return state;
+}
+
+// log2 of what the row's mass comes to at least: the sampled targets and the largest strided columns count for themselves,
+// the other strided ones for the columns between them, of that four standard errors less; but three quarters less than
+// the estimate at most.
+__device__ float least_mass(const Estimate& strided, const RowState& sampled, float stride) {
+  const float reference = finite_reference(fmaxf(strided.reference, sampled.max));
+  const float unit = ptx::ex2(strided.reference - reference);
+  const float seen = sampled.sum * ptx::ex2(sampled.max - reference) + strided.largest * unit;
+  const float all = seen + strided.rest * unit * stride;
+  const float error = sqrtf(strided.squares) * unit * stride;
+  return reference + log2f(fmaxf(seen, fmaxf(all - 4.0f * error, 0.25f * all)));
 }
 
 __global__ void __launch_bounds__(kThreads) bound_kernel(const __grid_constant__ BoundParams p) {
   const int64_t row = static_cast<int64_t>(blockIdx.x) * (kThreads / 32) + threadIdx.x / 32;
   if (row >= p.rows) return;
   const float* products = p.products + row * p.columns;
-  float bound = strided_estimate(p, products);
-  if (p.columns > p.strided) bound = fmaxf(bound, partial_lse(p, products));
+  const float stride = static_cast<float>(p.vocab) / static_cast<float>(p.strided);
+  float bound = least_mass(estimate_strided(p, products), add_sampled(p, products), stride);
   bound = fmaxf(bound, p.target_logit[row] * kLog2E) - kMargin;
   if (threadIdx.x % 32 == 0) p.bound2[row] = bound;
 }

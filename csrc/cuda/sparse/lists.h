@@ -12,13 +12,12 @@ namespace cce::cuda {
 // ---- before the forward ----
 
 // Strided columns at most: a warp holds them in registers.
-constexpr int kMaxStrided = 1024;
+constexpr int kMaxStrided = 512;
 
 struct BoundParams {
-  const float* products = nullptr;  // (rows, columns): raw products of the sampled columns
-  const float* bias = nullptr;      // (columns,) or null
-  const uint8_t* counts =
-      nullptr;  // (columns,): 0 for columns that are there twice; read from `strided` on
+  const float* products = nullptr;      // (rows, columns): raw products of the sampled columns
+  const float* bias = nullptr;          // (columns,) or null
+  const uint8_t* counts = nullptr;      // (columns,): 0 for columns that are there twice
   const float* target_logit = nullptr;  // (rows,)
   int64_t rows = 0;
   int columns = 0;
@@ -34,7 +33,9 @@ struct BoundColumnsParams {
   int64_t vocab = 0, vocab_start = 0;  // this shard's
   int strided = 0, sampled = 0;  // columns at equal distances, targets of rows at equal distances
   int64_t* ids = nullptr;        // (strided + sampled,)
-  uint8_t* counts = nullptr;     // likewise: 0 for ids that are there twice, or not in the shard
+  uint8_t* counts =
+      nullptr;  // likewise: 0 for ids that are there twice (once, among the targets, they count), or not
+                // in the shard
 };
 
 // The columns whose logits bound the lse from below.

@@ -11,17 +11,27 @@ namespace {
 
 constexpr int kBlock = 1024, kThreads = 256;
 
+// Whether `value` is among the ascending values[0, count).
+__device__ bool among(const uint32_t* values, int count, uint32_t value) {
+  int low = 0, high = count;
+  while (low < high) {
+    const int middle = (low + high) / 2;
+    if (values[middle] < value)
+      low = middle + 1;
+    else
+      high = middle;
+  }
+  return low < count && values[low] == value;
+}
+
 // Sampled columns: equal steps through the vocabulary, then the distinct ids among targets at equal steps through the rows.
+// What is both counts as a target.
 __global__ void __launch_bounds__(kBlock)
     bound_columns_kernel(const __grid_constant__ BoundColumnsParams p) {
   using Sort = cub::BlockRadixSort<uint32_t, kBlock, 1>;
   __shared__ typename Sort::TempStorage storage;
   __shared__ uint32_t sorted[kBlock];
   const int i = threadIdx.x;
-  for (int c = i; c < p.strided; c += kBlock) {
-    p.ids[c] = static_cast<int64_t>(c) * p.vocab / p.strided;
-    p.counts[c] = 1;
-  }
   const auto none = static_cast<uint32_t>(p.vocab);  // beyond all ids
   uint32_t id[1] = {none};
   if (i < p.sampled) {
@@ -32,6 +42,11 @@ __global__ void __launch_bounds__(kBlock)
   Sort(storage).Sort(id, 0, 32 - __clz(none));
   sorted[i] = id[0];
   __syncthreads();
+  for (int c = i; c < p.strided; c += kBlock) {
+    const int64_t strided = static_cast<int64_t>(c) * p.vocab / p.strided;
+    p.ids[c] = strided;
+    p.counts[c] = !among(sorted, kBlock, static_cast<uint32_t>(strided));
+  }
   if (i >= p.sampled) return;
   const bool fresh = id[0] != none && (i == 0 || sorted[i - 1] != id[0]);
   p.ids[p.strided + i] = id[0] == none ? 0 : id[0];
