@@ -44,15 +44,14 @@ def forward_peaks(
     adapter = 0
     if r and converts:
         adapter = min(v, max(1, _PACK_BYTES // (2 * r * GROUP)) * GROUP) * 2 * r
-    pairs = 12 * kept  # int64 keys, float32 logits; a sort's workspace is another copy
+    pairs = 8 * kept  # keys and logits; a sort's workspace is another copy
     ids = 4 * kept  # so are rows and an order
     return {
         "bounds": 2 * columns * (d + 3 * r) + products,
         "pass over the vocabulary": pool + partials + copies + adapter,
         "selection": pool + partials + pairs,
-        "sort by row": partials + 3 * pairs,
-        "unpacking": partials + 2 * pairs + 2 * ids,
-        "sort by column": partials + pairs + 4 * ids + 2 * ids,
+        "sort by row": partials + pairs + 3 * ids,
+        "sort by column": partials + pairs + 4 * ids + pairs,
         "result": 4 * ids + 4 * n * groups(v) + 8 * HOT_IDS,
     }
 

@@ -244,7 +244,7 @@ class Kernels:
 
     def sort(self, *call: Any) -> tuple[Tensor, ...]:
         assert self.pool.expired(), "the pool takes memory while the lists are sorted"
-        known = ("hot_ids", "slots", "row_order", "tally")
+        known = ("row_first", "hot_ids", "slots", "row_order", "tally")
         return tuple(torch.zeros(1) for name in Lists._fields if name not in known)
 
     def share(self, dnll, dlse, targets, lists, ignore_index) -> Tensor:

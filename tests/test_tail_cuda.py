@@ -231,7 +231,7 @@ def test_hot_ids(n: int, v: int, frequent: float) -> None:
     counts = torch.tensor([len(ids) for ids in kept], dtype=torch.int32).cuda()
     zeros = torch.zeros(n, device="cuda")
     order, count = torch.ops.cce.row_order(torch.zeros(n, dtype=torch.int64).cuda(), -100)
-    _, _, _, hot_ids, slots, tally = torch.ops.cce.select_kept(
+    *_, hot_ids, slots, tally = torch.ops.cce.select_kept(
         pool.cuda(), counts, order, count, zeros, zeros - 1, zeros,
         torch.full((n,), v, device="cuda"), 2.0**-13, -100, v, 0, 2 * v, blocks * per_block, hot,
     )  # fmt: skip

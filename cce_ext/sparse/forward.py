@@ -100,12 +100,14 @@ class Found(NamedTuple):
 
 
 class Selected(NamedTuple):
-    """Kept entries in no order, and what their lists will need of the selection."""
+    """Kept entries by row, inside a row in no order, and what their lists will need of the
+    selection."""
 
-    keys: Tensor  # (K,) int64: position in the row order, whether the id is hot, id
+    keys: Tensor  # (K,) int32: whether the id is hot, id
     logits: Tensor  # (K,) float32
     exact: Tensor  # (B,) uint8: row blocks whose candidates are not all known
-    hot_ids: Tensor  # see Lists
+    row_first: Tensor  # see Lists
+    hot_ids: Tensor
     slots: Tensor
     tally: Tensor
 
@@ -196,13 +198,17 @@ def sort_entries(
     shard_size: int,
     softcap: float,
 ) -> Lists:
-    """Kept entries by row and by column, and the mass of the others. Overwrites the keys of what
-    was selected."""
-    keys, logits, exact, hot_ids, slots, tally = selected
-    *entries, mass, exact_rows = torch.ops.cce.sort_kept(
-        keys, logits, exact, max_sum, capped, bounds.order, bounds.count, lse, shard_size, softcap
-    )
-    return Lists(*entries, hot_ids, slots, mass, exact_rows, bounds.order, tally)
+    """Kept entries by row and by column, and the mass of the others. Overwrites the keys and logits
+    of what was selected."""
+    keys, logits, exact, row_first, hot_ids, slots, tally = selected
+    *entries, row_hot, column_first, mass, exact_rows = torch.ops.cce.sort_kept(
+        keys, logits, exact, row_first, max_sum, capped, bounds.order, bounds.count, lse,
+        shard_size, softcap,
+    )  # fmt: skip
+    return Lists(
+        *entries, row_first, row_hot, column_first, hot_ids, slots, mass, exact_rows, bounds.order,
+        tally,
+    )  # fmt: skip
 
 
 def forward(call: Call, metrics: bool, eps: float) -> tuple[Tensor, ...]:

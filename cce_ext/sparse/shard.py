@@ -184,15 +184,16 @@ def _fake_select(*args: Any) -> tuple[Tensor, ...]:
     n = lse.shape[0]
     capacity = kept_capacity(n, v, eps)
     lists = fake_lists(lse, n, v, capacity)
-    keys = lse.new_empty(capacity, dtype=torch.int64)
     exact = lse.new_empty(pool.shape[0], dtype=torch.uint8)
-    return keys, lists.logits, exact, lists.hot_ids, lists.slots, lists.tally
+    return (
+        lists.ids, lists.logits, exact, lists.row_first, lists.hot_ids, lists.slots, lists.tally
+    )  # fmt: skip
 
 
 def _fake_sort(keys: Tensor, *args: Any) -> tuple[Tensor, ...]:
-    lse, v = args[6], args[7]
+    lse, v = args[7], args[8]
     lists = fake_lists(lse, lse.shape[0], v, keys.shape[0])
-    return _without(lists, "hot_ids", "slots", "row_order", "tally")
+    return _without(lists, "row_first", "hot_ids", "slots", "row_order", "tally")
 
 
 def _fake_share(dnll, dlse, targets, lists, ignore_index) -> Tensor:

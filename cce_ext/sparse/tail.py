@@ -30,7 +30,7 @@ FLAT = 0.10
 TILT_IDS = 512
 # Tilt β = TILT / (1 + TILT_DAMPING v), where v is the variance of a row's x: to first order it is 1, but
 # what is dropped ends at the threshold, and the larger v, the less the first order says.
-TILT, TILT_DAMPING = 0.7, 0.1
+TILT, TILT_DAMPING = 1.0, 0.2
 # One unit of a tail's weight in the integers that ids are sampled by, and the most that counts.
 _TILT_STEPS, _TILT_MOST = 2.0**20, 2.0**18
 # Rows that drop less than this have no tail worth a sample, and 1 / mass would not be finite.

@@ -47,7 +47,7 @@ STABLE_TORCH_LIBRARY(cce, m) {
       "Tensor logit_sum, Tensor max_logit, Tensor argmax, Tensor entropy, Tensor max_sum, "
       "Tensor capped, Tensor pool, Tensor counts)");
   // bound_columns: ids and whether each counts. select_kept: kept entries with keys to sort them by, and the hot ids.
-  // sort_kept: entries sorted by row and by id, and what the others weigh; the keys are lost.
+  // sort_kept: entries sorted by row and by id, and what the others weigh; the unsorted ones are lost.
   m.def(
       "bound_columns(Tensor targets, Tensor row_order, Tensor row_count, int shard_size, "
       "int vocab_start, int strided, int sampled) -> (Tensor ids, Tensor counts)");
@@ -55,12 +55,14 @@ STABLE_TORCH_LIBRARY(cce, m) {
       "select_kept(Tensor pool, Tensor counts, Tensor row_order, Tensor row_count, "
       "Tensor target_logit, Tensor bound2, Tensor lse, Tensor targets, float eps, "
       "int ignore_index, int shard_size, int vocab_start, int vocab_total, int capacity, int hot) "
-      "-> (Tensor keys, Tensor logits, Tensor exact, Tensor hot_ids, Tensor slots, Tensor tally)");
+      "-> (Tensor keys, Tensor logits, Tensor exact, Tensor row_first, Tensor hot_ids, Tensor "
+      "slots, "
+      "Tensor tally)");
   m.def(
-      "sort_kept(Tensor(a!) keys, Tensor logits, Tensor exact, Tensor max_sum, Tensor capped, "
-      "Tensor row_order, Tensor row_count, Tensor lse, int shard_size, float softcap) -> "
-      "(Tensor rows, Tensor ids, Tensor sorted_logits, Tensor order, Tensor row_first, "
-      "Tensor row_hot, Tensor column_first, Tensor mass, Tensor exact_rows)");
+      "sort_kept(Tensor(a!) keys, Tensor(b!) logits, Tensor exact, Tensor row_first, "
+      "Tensor max_sum, Tensor capped, Tensor row_order, Tensor row_count, Tensor lse, "
+      "int shard_size, float softcap) -> (Tensor rows, Tensor ids, Tensor sorted_logits, "
+      "Tensor order, Tensor row_hot, Tensor column_first, Tensor mass, Tensor exact_rows)");
   // backward_shares: upstream weights, dropped masses, T. backward_sample_: by T, which rows go the exact way (their weights
   // become zero), their share, dnll as it was, and the rows whose tails stand for all, with weights; the exact rows' list;
   // what float16 factors are divided by (units).

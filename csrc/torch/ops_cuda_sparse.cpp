@@ -161,50 +161,43 @@ Tensor dropped_mass(Tensor max_sum, Tensor capped, Tensor first, Tensor hot, Ten
   return mass;
 }
 
-// Sorts pairs by the keys' low bits. The workspace is a second copy of both. CUB's DoubleBuffer does without, but overwrites
-// the unsorted pairs and says afterwards where the sorted ones are: in an op's argument, it may be, or over ids that are
-// wanted in both orders. While the pool of candidates is there, memory is higher than here in any case.
-template <typename Key, typename Value>
-void sort_pairs(const Tensor& like, const Key* keys, const Value* values, Key* keys_out,
-                Value* values_out, int64_t count, int bits) {
-  const size_t bytes = cuda::sort_pairs_workspace(count, sizeof(Key) == 8);
+// Sorts pairs by the keys' low bits. The workspace is a second copy of both. While the pool of candidates is there, memory is
+// higher than here in any case.
+void sort_pairs(const Tensor& like, const int32_t* keys, const int32_t* values, int32_t* keys_out,
+                int32_t* values_out, int64_t count, int bits) {
+  const size_t bytes = cuda::sort_pairs_workspace(count);
   const Tensor workspace = empty(like, {static_cast<int64_t>(bytes)}, ScalarType::Byte);
   check_cuda(cuda::sort_pairs(keys, values, keys_out, values_out, count, bits,
                               workspace.mutable_data_ptr(), bytes, stream_of(like)),
              "sort_pairs");
 }
 
-// Ids that most rows keep, ascending, and every id's place among them.
-std::tuple<Tensor, Tensor> choose_hot(const Tensor& column_counts, int64_t n, int64_t vocab,
-                                      int64_t hot, cudaStream_t stream) {
-  const Tensor hot_ids = empty(column_counts, {hot}, ScalarType::Long);
-  const Tensor slots = empty(column_counts, {vocab}, ScalarType::Int);
-  check_cuda(cuda::hot_ids(i32(column_counts, "column_counts"), n, hot, vocab,
-                           i64(hot_ids, "hot_ids"), i32(slots, "slots"), stream),
-             "hot_ids");
-  return {hot_ids, slots};
-}
-
 // See the schemas and cce_ext/sparse/forward.py. Two ops, because the caller can let go of the pool between them.
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> select_kept_cuda(
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> select_kept_cuda(
     Tensor pool, Tensor counts, Tensor row_order, Tensor row_count, Tensor target_logit,
     Tensor bound2, Tensor lse, Tensor targets, double eps, int64_t ignore_index, int64_t shard_size,
     int64_t vocab_start, int64_t vocab_total, int64_t capacity, int64_t hot) {
   const Guard guard(lse.get_device_index());
   const cudaStream_t stream = stream_of(lse);
   const int64_t n = lse.size(0), blocks = pool.size(0);
+  const auto ints = [&](int64_t size) { return empty(lse, {size}, ScalarType::Int); };
   cuda::KeepParams keep =
       keep_params(pool, counts, bound2, row_order, row_count, lse, target_logit, targets, eps,
                   ignore_index, shard_size, vocab_start, vocab_total);
-  const Tensor kept = empty(lse, {blocks, cuda::kKeepParts}, ScalarType::Int);
+  // What is added up from zero, four numbers after four.
+  const int64_t padded_vocab = ceil_div(shard_size, 4) * 4;
+  const Tensor tallies =
+      zeroed(lse, padded_vocab + 2 * cuda::kHotBins + 2 * n + blocks, ScalarType::Int);
+  keep.column_counts = i32(tallies, "tallies");
+  int32_t* const bins = keep.column_counts + padded_vocab;
+  keep.row_counts = bins + 2 * cuda::kHotBins;
+  keep.row_used = keep.row_counts + n;
+  keep.kept = keep.row_used + n;
   const Tensor exact = empty(lse, {blocks}, ScalarType::Byte);
-  const Tensor column_counts = zeroed(lse, ceil_div(shard_size, 4) * 4, ScalarType::Int);
-  keep.kept = i32(kept, "kept");
   keep.exact = u8(exact, "exact");
-  keep.column_counts = i32(column_counts, "column_counts");
   check_cuda(cuda::count_kept(keep, stream), "count_kept");
 
-  const Tensor first = empty(lse, {blocks, cuda::kKeepParts}, ScalarType::Long);
+  const Tensor row_first = ints(n + 1), first = ints(blocks);
   const Tensor tally = empty(lse, {4}, ScalarType::Long);
   cuda::PlaceParams place;
   place.kept = keep.kept;
@@ -213,70 +206,79 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> select_kept_cuda(
   place.blocks = blocks;
   place.pool_capacity = pool.size(1);
   place.capacity = capacity;
-  place.first = i64(first, "first");
+  place.first = i32(first, "first");
+  place.end = i32(row_first, "row_first") + n;
   place.exact = keep.exact;
   place.tally = i64(tally, "tally");
   check_cuda(cuda::place_kept(place, stream), "place_kept");
 
-  // A key: position, one bit for hot ids, id. All ones: unused; larger than any other in the bits that are sorted, because
-  // no id is all ones.
-  const auto [hot_ids, slots] = choose_hot(column_counts, n, shard_size, hot, stream);
-  const Tensor keys = empty(lse, {capacity}, ScalarType::Long);
-  const Tensor logits = zeroed(lse, capacity, ScalarType::Float);
-  check_cuda(cudaMemsetAsync(i64(keys, "keys"), 0xff, 8 * capacity, stream), "keys");
+  const Tensor hot_ids = empty(lse, {hot}, ScalarType::Long);
+  const Tensor slots = ints(shard_size), places = ints(2 * cuda::kHotBlocks);
+  cuda::HotIdsParams choose;
+  choose.counts = keep.column_counts;
+  choose.n = n;
+  choose.vocab = shard_size;
+  choose.hot = static_cast<int>(hot);
+  choose.bins = bins;
+  choose.places = i32(places, "places");
+  choose.ids = i64(hot_ids, "hot_ids");
+  choose.slots = i32(slots, "slots");
+  check_cuda(cuda::hot_ids(choose, stream), "hot_ids");
+
+  // A key: one bit for hot ids, id.
+  const Tensor keys = ints(capacity);
+  const Tensor logits = empty(lse, {capacity}, ScalarType::Float);
   keep.first = place.first;
-  keep.slots = i32(slots, "slots");
+  keep.row_first = i32(row_first, "row_first");
+  keep.slots = choose.slots;
   keep.id_bits = bit_length(shard_size);
-  keep.keys = i64(keys, "keys");
+  keep.keys = i32(keys, "keys");
   keep.logits = f32(logits, "logits");
   check_cuda(cuda::write_kept(keep, stream), "write_kept");
-  return {keys, logits, exact, hot_ids, slots, tally};
+  return {keys, logits, exact, row_first, hot_ids, slots, tally};
 }
 
-using Lists = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+using Lists = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
-Lists sort_kept_cuda(Tensor keys, Tensor logits, Tensor exact, Tensor max_sum, Tensor capped,
-                     Tensor row_order, Tensor row_count, Tensor lse, int64_t shard_size,
-                     double softcap) {
+Lists sort_kept_cuda(Tensor keys, Tensor logits, Tensor exact, Tensor row_first, Tensor max_sum,
+                     Tensor capped, Tensor row_order, Tensor row_count, Tensor lse,
+                     int64_t shard_size, double softcap) {
   const Guard guard(lse.get_device_index());
   const cudaStream_t stream = stream_of(lse);
   const int64_t n = lse.size(0), capacity = keys.size(0);
-  const int id_bits = bit_length(shard_size), key_bits = id_bits + 1 + bit_length(n - 1);
   const auto ints = [&](int64_t size) { return empty(lse, {size}, ScalarType::Int); };
-  Tensor sorted_keys = empty(lse, {capacity}, ScalarType::Long);
-  const Tensor sorted_logits = empty(lse, {capacity}, ScalarType::Float);
-  sort_pairs(lse, i64(keys, "keys"), f32(logits, "logits"), i64(sorted_keys, "keys"),
-             f32(sorted_logits, "logits"), capacity, key_bits);
-
-  // The caller holds on to the unsorted keys, so they become the room for what only the second sort needs.
-  int32_t* const numbers = reinterpret_cast<int32_t*>(i64(keys, "keys"));
-  int32_t* const sorted_ids = numbers + capacity;
   const Tensor rows = ints(capacity), ids = ints(capacity);
-  const Tensor row_first = ints(n + 1), row_hot = ints(n), column_first = ints(shard_size + 1);
+  const Tensor sorted_logits = empty(lse, {capacity}, ScalarType::Float);
+  const Tensor row_hot = ints(n), column_first = ints(shard_size + 1);
   const Tensor exact_rows = empty(lse, {n}, ScalarType::Bool);
-  cuda::UnpackParams unpack;
-  unpack.keys = i64(sorted_keys, "keys");
-  unpack.id_bits = id_bits;
-  unpack.capacity = capacity;
-  unpack.n = n;
-  unpack.order = Order(row_order, row_count).view();
-  unpack.exact = u8(exact, "exact");
-  unpack.ids = i32(ids, "ids");
-  unpack.rows = i32(rows, "rows");
-  unpack.numbers = numbers;
-  unpack.row_first = i32(row_first, "row_first");
-  unpack.row_hot = i32(row_hot, "row_hot");
-  unpack.exact_rows = static_cast<uint8_t*>(exact_rows.mutable_data_ptr());
-  check_cuda(cuda::unpack_keys(unpack, stream), "unpack_keys");
-  sorted_keys = Tensor();  // room for the second sort
+  cuda::SortRowsParams sort;
+  sort.keys = i32(keys, "keys");
+  sort.logits = f32(logits, "logits");
+  sort.row_first = i32(row_first, "row_first");
+  sort.id_bits = bit_length(shard_size);
+  sort.capacity = capacity;
+  sort.n = n;
+  sort.order = Order(row_order, row_count).view();
+  sort.exact = u8(exact, "exact");
+  sort.ids = i32(ids, "ids");
+  sort.rows = i32(rows, "rows");
+  sort.sorted_logits = f32(sorted_logits, "logits");
+  sort.row_hot = i32(row_hot, "row_hot");
+  sort.exact_rows = static_cast<uint8_t*>(exact_rows.mutable_data_ptr());
+  check_cuda(cuda::sort_rows(sort, stream), "sort_rows");
+
+  // The caller holds on to keys and unsorted logits, so they become the room for what only the second sort needs.
+  sort.numbers = i32(keys, "keys");
+  check_cuda(cuda::number_entries(sort, stream), "number_entries");
+  int32_t* const sorted_ids = reinterpret_cast<int32_t*>(f32(logits, "logits"));
   const Tensor order = ints(capacity);
-  sort_pairs(lse, i32(ids, "ids"), numbers, sorted_ids, i32(order, "order"), capacity, id_bits);
+  sort_pairs(lse, sort.ids, sort.numbers, sorted_ids, i32(order, "order"), capacity, sort.id_bits);
   check_cuda(cuda::column_starts(sorted_ids, capacity, shard_size,
                                  i32(column_first, "column_first"), stream),
              "column_starts");
   const Tensor mass = dropped_mass(max_sum, capped, row_first, row_hot, ids, sorted_logits,
                                    row_order, row_count, lse, shard_size, softcap);
-  return {rows, ids, sorted_logits, order, row_first, row_hot, column_first, mass, exact_rows};
+  return {rows, ids, sorted_logits, order, row_hot, column_first, mass, exact_rows};
 }
 
 }  // namespace

@@ -59,28 +59,32 @@ struct KeepParams {
   float eps = 0.0f;
   int id_bits = 0;  // bits of an id in a key; one more says that it is a hot one
   core::LossOptions options;
-  int32_t* kept =
-      nullptr;  // (row blocks,): entries that count_kept finds, 0 in blocks that go the exact way
+  // By count_kept; all but `exact` must be zero:
+  int32_t* kept = nullptr;        // (row blocks,): kept entries, 0 in blocks that go the exact way
+  int32_t* row_counts = nullptr;  // (N,) by position
+  int32_t* column_counts = nullptr;  // (V,): kept entries of each id in some row blocks
   uint8_t* exact =
       nullptr;  // (row blocks,): 1 where candidates overflowed or a bound lies above its lse
-  int32_t* column_counts =
-      nullptr;  // (V,), by count_kept, must be zero: kept entries of each id in some row blocks
   // For write_kept:
   const int32_t* slots = nullptr;  // (V,): number of a hot id, -1 for the others
-  const int64_t* first = nullptr;  // (row blocks, parts): where a part's entries start
-  int64_t* keys = nullptr;         // (capacity,): (position, hot, id)
-  float* logits = nullptr;         // (capacity,)
+  const int32_t* first = nullptr;  // (row blocks,): where a block's entries start
+  int32_t* row_used = nullptr;     // (N,), must be zero: entries written of a position
+  int32_t* row_first =
+      nullptr;              // (N + 1,): where a position's entries start; the last by place_kept
+  int32_t* keys = nullptr;  // (capacity,): (hot, id)
+  float* logits = nullptr;  // (capacity,)
 };
 
 cudaError_t count_kept(const KeepParams& params, cudaStream_t stream);
 cudaError_t write_kept(const KeepParams& params, cudaStream_t stream);
 
 struct PlaceParams {
-  const int32_t* kept = nullptr;       // (blocks, parts), by count_kept
+  const int32_t* kept = nullptr;       // (blocks,), by count_kept
   const int32_t* found = nullptr;      // (blocks,) candidates
   const int32_t* row_count = nullptr;  // (1,)
   int64_t blocks = 0, pool_capacity = 0, capacity = 0;
-  int64_t* first = nullptr;  // (blocks, parts)
+  int32_t* first = nullptr;  // (blocks,): where a block's entries start
+  int32_t* end = nullptr;    // (1,): where the last one's end
   uint8_t* exact = nullptr;  // (blocks,), set where a block's entries do not fit
   int64_t* tally =
       nullptr;  // (4,): candidates, kept entries, row blocks that overflowed, row blocks
@@ -89,36 +93,49 @@ struct PlaceParams {
 // Where count_kept's entries go.
 cudaError_t place_kept(const PlaceParams& params, cudaStream_t stream);
 
-// The `hot` ids with the largest counts (V, and zeros up to a multiple of four), the smaller id first, ascending, and their places in slots (V,), -1 for the
-// others; no count exceeds n, which is less than 2^24.
-cudaError_t hot_ids(const int32_t* counts, int64_t n, int64_t hot, int64_t vocab, int64_t* ids,
-                    int32_t* slots, cudaStream_t stream);
+constexpr int kHotBins = 4096, kHotBlocks = 64;
 
-struct UnpackParams {
-  const int64_t* keys = nullptr;  // (capacity,), sorted; all ones: unused
+struct HotIdsParams {
+  const int32_t* counts = nullptr;  // (V, and zeros up to a multiple of four), none above n < 2^24
+  int64_t n = 0, vocab = 0;
+  int hot = 0;
+  int32_t* bins = nullptr;    // (2, kHotBins): workspace, must be zero
+  int32_t* places = nullptr;  // (2, kHotBlocks): workspace
+  int64_t* ids = nullptr;     // (hot,)
+  int32_t* slots = nullptr;   // (V,)
+};
+
+// The `hot` ids with the largest counts, the smaller id first, ascending, and their places, -1 for the others.
+cudaError_t hot_ids(const HotIdsParams& params, cudaStream_t stream);
+
+struct SortRowsParams {
+  const int32_t* keys = nullptr;       // (capacity,), by write_kept
+  const float* logits = nullptr;       // (capacity,)
+  const int32_t* row_first = nullptr;  // (N + 1,)
   int id_bits = 0;
   int64_t capacity = 0, n = 0;
   RowOrder order;
   const uint8_t* exact = nullptr;  // (row blocks,)
+  // By sort_rows, places that no entry has being left as they are:
   int32_t* ids = nullptr;          // (capacity,)
   int32_t* rows = nullptr;         // (capacity,)
-  int32_t* numbers = nullptr;      // (capacity,): 0, 1, 2, ...
-  int32_t* row_first = nullptr;    // (N + 1,): where a position's entries start
+  float* sorted_logits = nullptr;  // (capacity,)
   int32_t* row_hot = nullptr;      // (N,): where those of hot ids start
   uint8_t* exact_rows = nullptr;   // (N,) by row
+  // By number_entries, which also gives an id beyond all to the places that no entry has:
+  int32_t* numbers = nullptr;  // (capacity,): 0, 1, 2, ...; may be `keys`
 };
 
-cudaError_t unpack_keys(const UnpackParams& params, cudaStream_t stream);
+// The entries of each row in the order of their keys.
+cudaError_t sort_rows(const SortRowsParams& params, cudaStream_t stream);
+cudaError_t number_entries(const SortRowsParams& params, cudaStream_t stream);
 
 // Where each id's entries start in sorted_ids (capacity,); column_first (V + 1,).
 cudaError_t column_starts(const int32_t* sorted_ids, int64_t capacity, int64_t vocab,
                           int32_t* column_first, cudaStream_t stream);
 
-// Sorts (key, value) pairs of four bytes of value by the keys' low `bits`, stable.
-size_t sort_pairs_workspace(int64_t count, bool wide_keys);
-cudaError_t sort_pairs(const int64_t* keys, const float* values, int64_t* keys_out,
-                       float* values_out, int64_t count, int bits, void* workspace, size_t bytes,
-                       cudaStream_t stream);
+// Sorts pairs by the keys' low `bits`, stable.
+size_t sort_pairs_workspace(int64_t count);
 cudaError_t sort_pairs(const int32_t* keys, const int32_t* values, int32_t* keys_out,
                        int32_t* values_out, int64_t count, int bits, void* workspace, size_t bytes,
                        cudaStream_t stream);

@@ -1,9 +1,14 @@
-// The small steps between the counting of kept entries and their lists: where each part's entries go, which ids are hot, and
-// what the sorted keys say. One block where everything depends on everything, one thread an entry or a boundary elsewhere.
+// The small steps around the lists of kept entries: which columns bound the lse, where each row block's entries go, which ids
+// are hot, where each id's entries start. One block where everything depends on everything, one thread a boundary
+// elsewhere; hot ids by a cooperative grid.
+#include <cooperative_groups.h>
+
+#include <algorithm>
 #include <cub/block/block_radix_sort.cuh>
 #include <cub/block/block_reduce.cuh>
 #include <cub/block/block_scan.cuh>
 
+#include "cuda/device_info.h"
 #include "cuda/sparse/lists.h"
 
 namespace cce::cuda {
@@ -53,33 +58,34 @@ __global__ void __launch_bounds__(kBlock)
   p.counts[p.strided + i] = fresh;
 }
 
-// Where the parts' entries start; blocks beyond the lists' capacity go the exact way; the tally.
-__global__ void __launch_bounds__(kBlock) place_kernel(const __grid_constant__ PlaceParams p) {
-  using Scan = cub::BlockScan<int64_t, kBlock>;
-  using Sum = cub::BlockReduce<int64_t, kBlock>;
+// Where the row blocks' entries start; blocks beyond the lists' capacity go the exact way, as all after the first do, and
+// have none; the tally.
+__global__ void __launch_bounds__(kThreads) place_kernel(const __grid_constant__ PlaceParams p) {
+  using Scan = cub::BlockScan<int64_t, kThreads>;
+  using Sum = cub::BlockReduce<int64_t, kThreads>;
   __shared__ union {
     typename Scan::TempStorage scan;
     typename Sum::TempStorage sum;
   } storage;
+  __shared__ int used;
+  if (threadIdx.x == 0) used = 0;
+  __syncthreads();
   int64_t before = 0, found = 0, overflowed = 0;
-  for (int64_t base = 0; base < p.blocks; base += kBlock) {
+  for (int64_t base = 0; base < p.blocks; base += kThreads) {
     const int64_t block = base + threadIdx.x;
-    int64_t mine = 0;
-    if (block < p.blocks) {
-      for (int i = 0; i < kKeepParts; ++i) mine += p.kept[block * kKeepParts + i];
-      found += p.found[block];
-      overflowed += p.found[block] > p.pool_capacity;
-    }
+    const int64_t mine = block < p.blocks ? p.kept[block] : 0;
     int64_t start, all;
     Scan(storage.scan).ExclusiveSum(mine, start, all);
     __syncthreads();
+    start += before;
+    const bool fits = start + mine <= p.capacity;
+    if (fits) atomicMax(&used, static_cast<int>(start + mine));
+    __syncthreads();
     if (block < p.blocks) {
-      start += before;
-      if (start + mine > p.capacity) p.exact[block] = 1;
-      for (int i = 0; i < kKeepParts; ++i) {
-        p.first[block * kKeepParts + i] = start;
-        start += p.kept[block * kKeepParts + i];
-      }
+      found += p.found[block];
+      overflowed += p.found[block] > p.pool_capacity;
+      if (!fits) p.exact[block] = 1;
+      p.first[block] = fits ? static_cast<int>(start) : used;
     }
     before += all;
   }
@@ -87,6 +93,7 @@ __global__ void __launch_bounds__(kBlock) place_kernel(const __grid_constant__ P
   __syncthreads();
   overflowed = Sum(storage.sum).Sum(overflowed);
   if (threadIdx.x == 0) {
+    *p.end = used;
     p.tally[0] = found;
     p.tally[1] = before;
     p.tally[2] = overflowed;
@@ -100,160 +107,148 @@ struct Threshold {
   int at, above;
 };
 
-constexpr int kBins = 4096, kBinsEach = kBins / kBlock;
+constexpr int kBinsEach = kHotBins / kBlock;
 
 template <typename Scan>
 __device__ Threshold find_threshold(const int* bins, int wanted,
                                     typename Scan::TempStorage& storage, Threshold& found) {
   // From the top: thread 0 has the largest values.
-  const int top = kBins - 1 - threadIdx.x * kBinsEach;
-  int mine = 0;
+  const int top = kHotBins - 1 - threadIdx.x * kBinsEach;
+  int here[kBinsEach], mine = 0;
 #pragma unroll
-  for (int i = 0; i < kBinsEach; ++i) mine += bins[top - i];
+  for (int i = 0; i < kBinsEach; ++i) mine += here[i] = __ldcg(bins + top - i);
   int above;
   Scan(storage).ExclusiveSum(mine, above);
   __syncthreads();
 #pragma unroll
   for (int i = 0; i < kBinsEach; ++i) {
-    const int value = top - i, here = bins[value];
-    if (above < wanted && (above + here >= wanted || value == 0)) found = {value, above};
-    above += here;
+    const int value = top - i;
+    if (above < wanted && (above + here[i] >= wanted || value == 0)) found = {value, above};
+    above += here[i];
   }
   __syncthreads();
   return found;
 }
 
-// f(id, count) for every step-th four neighbouring ids from `first` (in fours) to `end`. Many loads at a time: one block has
-// nothing else to hide their latency with.
+// f(id, count) for the four neighbouring ids of every step-th of the fours from `first` to `end`.
 template <typename F>
 __device__ __forceinline__ void visit_counts(const int4* counts, int64_t first, int64_t end,
                                              int64_t step, F&& f) {
-  constexpr int kLoads = 8;
-  for (int64_t i = first; i < end; i += kLoads * step) {
-    int4 four[kLoads];
-#pragma unroll
-    for (int k = 0; k < kLoads; ++k)
-      four[k] = i + k * step < end ? counts[i + k * step] : make_int4(0, 0, 0, 0);
-#pragma unroll
-    for (int k = 0; k < kLoads; ++k) {
-      if (i + k * step >= end) continue;
-      const int64_t id = 4 * (i + k * step);
-      f(id, four[k].x);
-      f(id + 1, four[k].y);
-      f(id + 2, four[k].z);
-      f(id + 3, four[k].w);
-    }
+  for (int64_t i = first; i < end; i += step) {
+    const int4 four = counts[i];
+    f(4 * i, four.x);
+    f(4 * i + 1, four.y);
+    f(4 * i + 2, four.z);
+    f(4 * i + 3, four.w);
   }
 }
 
-// The `hot` ids with the largest counts, the smaller id first, ascending, and every id's place among them. One block: a
-// histogram of the counts (of their upper bits first, where they may be large), then each thread's stretch of ids.
-__global__ void __launch_bounds__(kBlock)
-    hot_ids_kernel(const int4* counts, int64_t n, int64_t vocab, int hot, int64_t* ids,
-                   int32_t* slots) {
+// A histogram of the counts (of their upper bits first, where they may be large), by each block for its stretch of ids, added
+// up in `bins`; then where each stretch's hot ids go among all.
+__global__ void __launch_bounds__(kBlock) hot_ids_kernel(const __grid_constant__ HotIdsParams p) {
   using Scan = cub::BlockScan<int, kBlock>;
-  __shared__ typename Scan::TempStorage storage;
-  __shared__ int bins[kBins];
+  using Sum = cub::BlockReduce<int, kBlock>;
+  __shared__ union {
+    typename Scan::TempStorage scan;
+    typename Sum::TempStorage sum;
+  } storage;
+  __shared__ int bins[kHotBins];
   __shared__ Threshold found;
+  __shared__ int places[2];
+  const auto grid = cooperative_groups::this_grid();
+  const auto* counts = reinterpret_cast<const int4*>(p.counts);
   int shift = 0;
-  while (n >> shift >= kBins) ++shift;
-  const auto clear = [&] {
-    for (int i = threadIdx.x; i < kBins; i += kBlock) bins[i] = 0;
+  while (p.n >> shift >= kHotBins) ++shift;
+  // The block's stretch, in fours, and the thread's part of it.
+  const int64_t fours = (p.vocab + 3) / 4, stretch = (fours + gridDim.x - 1) / gridDim.x;
+  const int64_t first = min(blockIdx.x * stretch, fours), end = min(first + stretch, fours);
+  const int64_t each = (end - first + kBlock - 1) / kBlock;
+  const int64_t my_first = min(first + threadIdx.x * each, end), my_end = min(my_first + each, end);
+  // Adds the bins of ids for which bin(count) is not negative to those of all blocks.
+  const auto histogram = [&](int32_t* to, auto&& bin) {
+    for (int i = threadIdx.x; i < kHotBins; i += kBlock) bins[i] = 0;
     __syncthreads();
-  };
-  const int64_t fours = (vocab + 3) / 4;
-  clear();
-  // Most counts are small, and atomics on one word wait for each other: those are counted by thread first.
-  int small[4] = {};
-  visit_counts(counts, threadIdx.x, fours, kBlock, [&](int64_t, int count) {
-    const int bin = count >> shift;
-    if (bin >= 4) atomicAdd(bins + bin, 1);
+    // Most counts are small, and atomics on one word wait for each other: those are counted by thread first.
+    int small[4] = {};
+    visit_counts(counts, first + threadIdx.x, end, kBlock, [&](int64_t, int count) {
+      const int b = count > 0 ? bin(count) : -1;
+      if (b >= 4) atomicAdd(bins + b, 1);
 #pragma unroll
-    for (int b = 0; b < 4; ++b) small[b] += count > 0 && bin == b;
-  });
-#pragma unroll
-  for (int b = 0; b < 4; ++b) {
-    const int all = __reduce_add_sync(~0u, small[b]);
-    if (threadIdx.x % 32 == 0) atomicAdd(bins + b, all);
-  }
-  __syncthreads();
-  Threshold limit = find_threshold<Scan>(bins, hot, storage, found);
-  if (shift > 0) {
-    const int upper = limit.at, above = limit.above;
-    clear();
-    visit_counts(counts, threadIdx.x, fours, kBlock, [&](int64_t, int count) {
-      if (count > 0 && count >> shift == upper) atomicAdd(bins + (count & ((1 << shift) - 1)), 1);
+      for (int i = 0; i < 4; ++i) small[i] += b == i;
     });
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int all = __reduce_add_sync(~0u, small[i]);
+      if (threadIdx.x % 32 == 0) atomicAdd(bins + i, all);
+    }
     __syncthreads();
-    limit = find_threshold<Scan>(bins, hot - above, storage, found);
-    limit = {upper << shift | limit.at, limit.above + above};
+    for (int i = threadIdx.x; i < kHotBins; i += kBlock) {
+      if (bins[i] > 0) atomicAdd(to + i, bins[i]);
+    }
+    grid.sync();
+  };
+  histogram(p.bins, [&](int count) { return count >> shift; });
+  Threshold limit = find_threshold<Scan>(p.bins, p.hot, storage.scan, found);
+  if (shift > 0) {
+    const Threshold upper = limit;
+    histogram(p.bins + kHotBins, [&](int count) {
+      return count >> shift == upper.at ? count & ((1 << shift) - 1) : -1;
+    });
+    limit = find_threshold<Scan>(p.bins + kHotBins, p.hot - upper.above, storage.scan, found);
+    limit = {upper.at << shift | limit.at, limit.above + upper.above};
   }
-  // A thread's stretch: ids above the limit, and as many at the limit as there is room for.
-  const int64_t each = (fours + kBlock - 1) / kBlock, begin = threadIdx.x * each;
-  const int64_t end = begin + each < fours ? begin + each : fours;
-  const int room = hot - limit.above;
+  // Ids above the limit, and as many at the limit as there is room for, before those of the stretches after.
   int above = 0, equal = 0;
-  visit_counts(counts, begin, end, 1, [&](int64_t, int count) {
+  visit_counts(counts, my_first, my_end, 1, [&](int64_t, int count) {
     above += count > limit.at;
     equal += count == limit.at;
   });
-  Scan(storage).ExclusiveSum(above, above);
+  const int above_here = Sum(storage.sum).Sum(above);
   __syncthreads();
-  Scan(storage).ExclusiveSum(equal, equal);
-  visit_counts(counts, begin, end, 1, [&](int64_t id, int count) {
+  const int equal_here = Sum(storage.sum).Sum(equal);
+  if (threadIdx.x == 0) {
+    p.places[blockIdx.x] = above_here;
+    p.places[kHotBlocks + blockIdx.x] = equal_here;
+  }
+  grid.sync();
+  if (threadIdx.x < 2) {
+    int before = 0;
+    for (unsigned i = 0; i < blockIdx.x; ++i)
+      before += __ldcg(p.places + threadIdx.x * kHotBlocks + i);
+    places[threadIdx.x] = before;
+  }
+  Scan(storage.scan).ExclusiveSum(above, above);
+  __syncthreads();  // `places` and the storage
+  Scan(storage.scan).ExclusiveSum(equal, equal);
+  above += places[0];
+  equal += places[1];
+  const int room = p.hot - limit.above;
+  visit_counts(counts, my_first, my_end, 1, [&](int64_t id, int count) {
+    if (id >= p.vocab) return;
     const bool larger = count > limit.at, same = count == limit.at;
-    if (larger || (same && equal < room && id < vocab)) {
-      const int place = above + (equal < room ? equal : room);
-      ids[place] = id;
-      slots[id] = place;
-    }
+    const bool is_hot = larger || (same && equal < room);
+    const int place = above + min(equal, room);
+    if (is_hot) p.ids[place] = id;
+    p.slots[id] = is_hot ? place : -1;
     above += larger;
     equal += same;
   });
 }
 
-// Keys into ids and rows; unused ones into an id beyond all.
-__global__ void unpack_kernel(const __grid_constant__ UnpackParams p) {
-  const int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
-  if (i >= p.capacity) return;
-  const int64_t key = p.keys[i], mask = (int64_t{1} << p.id_bits) - 1;
-  const int64_t position = key >> (p.id_bits + 1);
-  p.ids[i] = static_cast<int32_t>(key & mask);
-  p.rows[i] = p.order.rows[position >= 0 && position < p.n ? position : p.n - 1];
-  p.numbers[i] = static_cast<int32_t>(i);
-}
-
-// The first of `count` ascending values that is at least `bound`; negative values count as largest.
-template <typename T>
-__device__ int32_t first_at_least(const T* values, int64_t count, T bound) {
-  int64_t low = 0, high = count;
+// Where each id's entries start.
+__global__ void column_starts_kernel(const int32_t* sorted_ids, int64_t capacity, int64_t vocab,
+                                     int32_t* column_first) {
+  const int64_t id = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
+  if (id > vocab) return;
+  int64_t low = 0, high = capacity;
   while (low < high) {
     const int64_t middle = (low + high) / 2;
-    const T value = values[middle];
-    if (value >= 0 && value < bound)
+    if (sorted_ids[middle] < id)
       low = middle + 1;
     else
       high = middle;
   }
-  return static_cast<int32_t>(low);
-}
-
-// Where positions, and in them the hot ids, start; and which rows go the exact way.
-__global__ void row_starts_kernel(const __grid_constant__ UnpackParams p) {
-  const int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
-  if (i > 2 * p.n) return;
-  const int32_t at = first_at_least(p.keys, p.capacity, i << p.id_bits);
-  if (i % 2 == 0)
-    p.row_first[i / 2] = at;
-  else
-    p.row_hot[i / 2] = at;
-  if (i < p.n) p.exact_rows[p.order.rows[i]] = i < *p.order.count && p.exact[i / kRowBlock];
-}
-
-__global__ void column_starts_kernel(const int32_t* sorted_ids, int64_t capacity, int64_t vocab,
-                                     int32_t* column_first) {
-  const int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
-  if (i <= vocab) column_first[i] = first_at_least(sorted_ids, capacity, static_cast<int32_t>(i));
+  column_first[id] = static_cast<int32_t>(low);
 }
 
 int blocks_for(int64_t threads) { return static_cast<int>((threads + kThreads - 1) / kThreads); }
@@ -267,24 +262,17 @@ cudaError_t bound_columns(const BoundColumnsParams& params, cudaStream_t stream)
 }
 
 cudaError_t place_kept(const PlaceParams& params, cudaStream_t stream) {
-  place_kernel<<<1, kBlock, 0, stream>>>(params);
+  place_kernel<<<1, kThreads, 0, stream>>>(params);
   return cudaGetLastError();
 }
 
-cudaError_t hot_ids(const int32_t* counts, int64_t n, int64_t hot, int64_t vocab, int64_t* ids,
-                    int32_t* slots, cudaStream_t stream) {
-  if (hot > vocab || n >= int64_t{1} << 24) return cudaErrorInvalidValue;
-  cudaError_t error = cudaMemsetAsync(slots, 0xff, sizeof(*slots) * vocab, stream);
-  if (error != cudaSuccess) return error;
-  hot_ids_kernel<<<1, kBlock, 0, stream>>>(reinterpret_cast<const int4*>(counts), n, vocab,
-                                           static_cast<int>(hot), ids, slots);
-  return cudaGetLastError();
-}
-
-cudaError_t unpack_keys(const UnpackParams& params, cudaStream_t stream) {
-  unpack_kernel<<<blocks_for(params.capacity), kThreads, 0, stream>>>(params);
-  row_starts_kernel<<<blocks_for(2 * params.n + 1), kThreads, 0, stream>>>(params);
-  return cudaGetLastError();
+cudaError_t hot_ids(const HotIdsParams& params, cudaStream_t stream) {
+  if (params.hot > params.vocab || params.n >= int64_t{1} << 24) return cudaErrorInvalidValue;
+  // All blocks must be on the device at once.
+  const int blocks = std::min(kHotBlocks, current_device().multiprocessors);
+  void* arguments[] = {const_cast<HotIdsParams*>(&params)};
+  return cudaLaunchCooperativeKernel(reinterpret_cast<const void*>(hot_ids_kernel), dim3(blocks),
+                                     dim3(kBlock), arguments, 0, stream);
 }
 
 cudaError_t column_starts(const int32_t* sorted_ids, int64_t capacity, int64_t vocab,

@@ -51,10 +51,31 @@ __global__ void __launch_bounds__(kBlock)
   if (threadIdx.x == 0) *p.share = total == 0.0 ? 0.0f : static_cast<float>(weighted / total);
 }
 
+// use(row, load(row)) for rows begin to end, in their order, kBatch loads on their way at once: one block has nothing else to
+// hide their latency with.
+constexpr int kBatch = 4;
+template <typename Load, typename Use>
+__device__ __forceinline__ void visit_rows(int64_t begin, int64_t end, Load&& load, Use&& use) {
+  for (int64_t row = begin; row < end; row += kBatch) {
+    decltype(load(row)) values[kBatch];
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i) values[i] = load(min(row + i, end - 1));
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i) {
+      if (row + i < end) use(row + i, values[i]);
+    }
+  }
+}
+
+// Upstream weights of a row and what it drops; whether its target counts, and whether it is on the list of exact rows.
+struct Upstream {
+  float a, d, mass;
+  bool counts, listed;
+};
+
 // Steps that a row takes in the systematic sample.
-__device__ __forceinline__ int64_t steps_of(const BackwardRowsParams& p, int64_t row, float top) {
-  const float mass = p.row_mass[row];
-  const float share = mass > kNothing ? fabsf(p.a[row]) * mass : 0.0f;
+__device__ __forceinline__ int64_t steps_of(float a, float mass, float top) {
+  const float share = mass > kNothing ? fabsf(a) * mass : 0.0f;
   if (!(top > 0.0f)) return 0;
   return static_cast<int64_t>(ceil(static_cast<double>(share) / static_cast<double>(top) * kSteps));
 }
@@ -92,18 +113,23 @@ __global__ void __launch_bounds__(kBlock)
       *p.share <= p.flat);  // a NaN goes the exact way, which carries it to where eager's would be
   int valid = 0, exact = 0;
   float top = 0.0f, top_a = 0.0f, top_d = 0.0f;
-  for (int64_t row = begin; row < end; ++row) {
-    const bool counts = p.targets[row] != p.ignore_index;
-    const bool is_exact = counts && (flat || p.listed[row]);
-    p.exact[row] = is_exact;
-    valid += counts;
-    exact += is_exact;
-    p.d_all[row] = p.d[row];
-    if (is_exact) p.a[row] = p.d[row] = 0.0f;
-    if (p.row_mass[row] > kNothing) top = fmaxf(top, fabsf(p.a[row]) * p.row_mass[row]);
-    top_a = fmaxf(top_a, fabsf(p.a[row]));
-    top_d = fmaxf(top_d, fabsf(p.d[row]));
-  }
+  visit_rows(
+      begin, end,
+      [&](int64_t row) {
+        return Upstream{p.a[row], p.d[row], p.row_mass[row], p.targets[row] != p.ignore_index,
+                        p.listed[row] != 0};
+      },
+      [&](int64_t row, Upstream x) {
+        const bool is_exact = x.counts && (flat || x.listed);
+        p.exact[row] = is_exact;
+        valid += x.counts;
+        exact += is_exact;
+        p.d_all[row] = x.d;
+        if (is_exact) p.a[row] = p.d[row] = x.a = x.d = 0.0f;
+        if (x.mass > kNothing) top = fmaxf(top, fabsf(x.a) * x.mass);
+        top_a = fmaxf(top_a, fabsf(x.a));
+        top_d = fmaxf(top_d, fabsf(x.d));
+      });
   valid = Sum(storage.sum).Sum(valid);
   __syncthreads();
   int exact_before, exact_in_all;
@@ -125,12 +151,17 @@ __global__ void __launch_bounds__(kBlock)
   int64_t mine = 0;
   int some = 0;
   int64_t listed = exact_before, unlisted = exact_in_all + begin - exact_before;
-  for (int64_t row = begin; row < end; ++row) {
-    const int64_t steps = steps_of(p, row, top);
-    mine += steps;
-    some += steps > 0;
-    p.order[p.exact[row] ? listed++ : unlisted++] = static_cast<int32_t>(row);
-  }
+  visit_rows(
+      begin, end,
+      [&](int64_t row) {
+        return Upstream{p.a[row], 0.0f, p.row_mass[row], false, p.exact[row] != 0};
+      },
+      [&](int64_t row, const Upstream& x) {
+        const int64_t steps = steps_of(x.a, x.mass, top);
+        mine += steps;
+        some += steps > 0;
+        p.order[x.listed ? listed++ : unlisted++] = static_cast<int32_t>(row);
+      });
   int64_t before, all;
   Scan(storage.scan).ExclusiveSum(mine, before, all);
   __syncthreads();
@@ -139,17 +170,19 @@ __global__ void __launch_bounds__(kBlock)
   const bool few = some_in_all <= p.sample;
   int64_t others = begin - some_before;  // rows without steps before this stretch
   int64_t place = some_before;
-  for (int64_t row = begin; row < end; ++row) {
-    const int64_t steps = steps_of(p, row, top);
-    before += steps;
-    p.cumulated[row] = before;
-    float weight = 0.0f;
-    if (steps > 0) weight = few ? fabsf(p.a[row]) / top : 1.0f / p.row_mass[row];
-    p.weight[row] = weight;
-    // Few rows: all of them, then rows that weigh nothing.
-    const int64_t at = steps > 0 ? place++ : some_in_all + others++;
-    if (few && at < p.sample) p.rows[at] = row;
-  }
+  visit_rows(
+      begin, end, [&](int64_t row) { return float2{p.a[row], p.row_mass[row]}; },
+      [&](int64_t row, float2 x) {
+        const int64_t steps = steps_of(x.x, x.y, top);
+        before += steps;
+        p.cumulated[row] = before;
+        float weight = 0.0f;
+        if (steps > 0) weight = few ? fabsf(x.x) / top : 1.0f / x.y;
+        p.weight[row] = weight;
+        // Few rows: all of them, then rows that weigh nothing.
+        const int64_t at = steps > 0 ? place++ : some_in_all + others++;
+        if (few && at < p.sample) p.rows[at] = row;
+      });
   __syncthreads();  // `cumulated` is complete
   const int i = threadIdx.x;
   if (few || i >= p.sample) return;
