@@ -184,15 +184,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> select_kept_c
   cuda::KeepParams keep =
       keep_params(pool, counts, bound2, row_order, row_count, lse, target_logit, targets, eps,
                   ignore_index, shard_size, vocab_start, vocab_total);
-  // What is added up from zero, four numbers after four.
+  // What is added up from zero; counts of ids are read four at a time.
   const int64_t padded_vocab = ceil_div(shard_size, 4) * 4;
-  const Tensor tallies =
-      zeroed(lse, padded_vocab + 2 * cuda::kHotBins + 2 * n + blocks, ScalarType::Int);
+  const Tensor tallies = zeroed(lse, padded_vocab + 2 * cuda::kHotBins + blocks, ScalarType::Int);
   keep.column_counts = i32(tallies, "tallies");
   int32_t* const bins = keep.column_counts + padded_vocab;
-  keep.row_counts = bins + 2 * cuda::kHotBins;
-  keep.row_used = keep.row_counts + n;
-  keep.kept = keep.row_used + n;
+  keep.kept = bins + 2 * cuda::kHotBins;
+  const Tensor row_counts = ints(blocks * cuda::kKeepParts * cuda::kRowBlock);
+  keep.row_counts = i32(row_counts, "row_counts");
   const Tensor exact = empty(lse, {blocks}, ScalarType::Byte);
   keep.exact = u8(exact, "exact");
   check_cuda(cuda::count_kept(keep, stream), "count_kept");

@@ -3,7 +3,6 @@
 // entry is kept if its probability reaches the threshold; the target of a row always is, with its own logit. The place
 // inside a row's stretch is first come, first served: the sort makes the order. Between count and write the ids that
 // many rows keep are chosen: entries of such hot ids are sorted to the end of their row and multiplied as a dense matrix.
-#include <climits>
 #include <cub/block/block_scan.cuh>
 
 #include "cuda/common/epilogue.cuh"
@@ -48,6 +47,11 @@ constexpr int kCandidateStep = kThreads * kKeepParts;
 __device__ __forceinline__ int first_candidate() { return blockIdx.y * kThreads + threadIdx.x; }
 __device__ __forceinline__ bool has_targets() { return blockIdx.y == 0; }
 
+// Of this thread block: kept entries by row.
+__device__ __forceinline__ int32_t* row_counts(const KeepParams& p) {
+  return p.row_counts + (static_cast<int64_t>(blockIdx.x) * kKeepParts + blockIdx.y) * kRows;
+}
+
 struct Entry {
   int row, id;
   float logit;
@@ -90,32 +94,38 @@ __global__ void __launch_bounds__(kThreads) count_kernel(const __grid_constant__
   __syncthreads();
   if (threadIdx.x >= kRows) return;
   const int mine = of_row[threadIdx.x];
-  if (mine > 0) atomicAdd(p.row_counts + blockIdx.x * kRows + threadIdx.x, mine);
+  row_counts(p)[threadIdx.x] = mine;
   const int all = __reduce_add_sync(~0u, mine);
   if (threadIdx.x % 32 == 0 && all > 0) atomicAdd(p.kept + blockIdx.x, all);
 }
 
-// Where the rows' stretches start, and the entries into them.
+// Where the rows' stretches start, and the entries into them, part after part.
 __global__ void __launch_bounds__(kThreads) write_kernel(const __grid_constant__ KeepParams p) {
   using Scan = cub::BlockScan<int, kThreads>;
   __shared__ typename Scan::TempStorage storage;
   __shared__ Rows rows;
-  __shared__ int hopeless, first[kRows];
+  __shared__ int hopeless, next[kRows];
   const bool exact = p.exact[blockIdx.x];
   const int i = threadIdx.x;
   const int64_t block = static_cast<int64_t>(blockIdx.x) * kRows;
-  const bool is_row = i < kRows && block + i < p.n;
-  int start;
-  Scan(storage).ExclusiveSum(is_row && !exact ? p.row_counts[block + i] : 0, start);
-  start += p.first[blockIdx.x];
-  if (is_row) {
-    first[i] = start;
-    if (has_targets()) p.row_first[block + i] = start;
+  int before = 0, all = 0, start;  // of the row's: those of the parts before, of all parts
+  if (i < kRows && !exact) {
+    const int32_t* counts = p.row_counts + block * kKeepParts + i;
+#pragma unroll
+    for (int part = 0; part < kKeepParts; ++part) {
+      const int count = counts[part * kRows];
+      before += part < static_cast<int>(blockIdx.y) ? count : 0;
+      all += count;
+    }
   }
+  Scan(storage).ExclusiveSum(all, start);
+  start += p.first[blockIdx.x];
+  if (i < kRows) next[i] = start + before;
+  if (has_targets() && i < kRows && block + i < p.n) p.row_first[block + i] = start;
   if (exact) return;
   load_rows(p, rows, hopeless);
   const auto write = [&](int row, int id, float logit) {
-    const int at = first[row] + atomicAdd(p.row_used + block + row, 1);
+    const int at = atomicAdd(next + row, 1);
     p.keys[at] = (p.slots[id] >= 0 ? 1 << p.id_bits : 0) | id;
     p.logits[at] = logit;
   };
@@ -128,52 +138,64 @@ __global__ void __launch_bounds__(kThreads) write_kernel(const __grid_constant__
     write(i, rows.target[i], rows.target_logit[i]);
 }
 
-constexpr int kSortThreads = 128, kMine = 2, kTile = 1024;
+// Buckets of keys, in their order: for ids that are hot and others, sixteen an octave of id + offset, so that frequent ids,
+// which are usually the small ones, have buckets of their own too.
+constexpr int kSortThreads = 128, kBucketsEach = 3, kBuckets = kSortThreads * kBucketsEach;
+constexpr int kOffsetOctaves = 8;  // below the vocabulary's size
+__device__ __forceinline__ int bucket_of(int key, int id_bits) {
+  const int offset = 1 << (id_bits > kOffsetOctaves ? id_bits - kOffsetOctaves : 0);
+  const auto sixteenth = [](int x) {  // of an octave, by the exponent and four more bits
+    return static_cast<int>(__float_as_uint(__int2float_rz(x)) >> 19);
+  };
+  const int id = key & ((1 << id_bits) - 1);
+  const int bucket = sixteenth(id + offset) - sixteenth(offset);
+  return (key >> id_bits) * (kBuckets / 2) + bucket;
+}
+static_assert(16 * kOffsetOctaves < kBuckets / 2);
 
-// A row's entries by key: a thread counts for each of its own how many of the row's are smaller. Rows have a few hundred
-// entries, one turn of the loops; no key is there twice.
+constexpr int kTile = 2048;  // keys in shared memory
+
+// A row's entries by key, which no two share: into buckets, then each behind those of its bucket that are smaller.
 __global__ void __launch_bounds__(kSortThreads)
     sort_kernel(const __grid_constant__ SortRowsParams p) {
-  __shared__ alignas(16) int tile[kTile];
+  using Scan = cub::BlockScan<int, kSortThreads>;
+  __shared__ typename Scan::TempStorage storage;
+  __shared__ int tile[kTile], first[kBuckets + 1], next[kBuckets];
   const int64_t position = blockIdx.x;
-  const int begin = p.row_first[position], end = p.row_first[position + 1];
+  const int begin = p.row_first[position], count = p.row_first[position + 1] - begin;
   const int row = p.order.rows[position];
-  const int hot_bit = 1 << p.id_bits;
-  int cold = 0;
-  for (int base = begin; base < end; base += kSortThreads * kMine) {
-    int key[kMine], place[kMine];
+  const int32_t* keys = p.keys + begin;
+  // Where the keys are by bucket: of a long row, in what will be its rows.
+  int* const bucketed = count <= kTile ? tile : p.rows + begin;
+  const int b = threadIdx.x * kBucketsEach;
 #pragma unroll
-    for (int k = 0; k < kMine; ++k) {
-      const int at = base + k * kSortThreads + threadIdx.x;
-      key[k] = at < end ? p.keys[at] : INT_MAX;
-      place[k] = begin;
-      cold += __syncthreads_count(key[k] < hot_bit);
-    }
-    for (int from = begin; from < end; from += kTile) {
-      const int count = min(end - from, kTile), padded = (count + 3) / 4 * 4;
-      __syncthreads();  // the last tile has been read
-      for (int i = threadIdx.x; i < padded; i += kSortThreads)
-        tile[i] = i < count ? p.keys[from + i] : INT_MAX;
-      __syncthreads();
-      for (int i = 0; i < padded; i += 4) {
-        const int4 other = *reinterpret_cast<const int4*>(tile + i);
+  for (int i = 0; i < kBucketsEach; ++i) next[b + i] = 0;
+  __syncthreads();
+  for (int i = threadIdx.x; i < count; i += kSortThreads)
+    atomicAdd(next + bucket_of(keys[i], p.id_bits), 1);
+  __syncthreads();
+  int starts[kBucketsEach];
 #pragma unroll
-        for (int k = 0; k < kMine; ++k)
-          place[k] +=
-              (other.x < key[k]) + (other.y < key[k]) + (other.z < key[k]) + (other.w < key[k]);
-      }
-    }
+  for (int i = 0; i < kBucketsEach; ++i) starts[i] = next[b + i];
+  Scan(storage).ExclusiveSum(starts, starts);
 #pragma unroll
-    for (int k = 0; k < kMine; ++k) {
-      const int at = base + k * kSortThreads + threadIdx.x;
-      if (at >= end) continue;
-      p.ids[place[k]] = key[k] & (hot_bit - 1);
-      p.rows[place[k]] = row;
-      p.sorted_logits[place[k]] = p.logits[at];
-    }
+  for (int i = 0; i < kBucketsEach; ++i) first[b + i] = next[b + i] = starts[i];
+  if (threadIdx.x == 0) first[kBuckets] = count;
+  __syncthreads();
+  for (int i = threadIdx.x; i < count; i += kSortThreads)
+    bucketed[atomicAdd(next + bucket_of(keys[i], p.id_bits), 1)] = keys[i];
+  __syncthreads();
+  for (int i = threadIdx.x; i < count; i += kSortThreads) {
+    const int key = keys[i], bucket = bucket_of(key, p.id_bits), end = first[bucket + 1];
+    int at = begin + first[bucket];
+    for (int j = first[bucket]; j < end; ++j) at += bucketed[j] < key;
+    p.ids[at] = key & ((1 << p.id_bits) - 1);
+    p.sorted_logits[at] = p.logits[begin + i];
   }
+  __syncthreads();
+  for (int i = threadIdx.x; i < count; i += kSortThreads) p.rows[begin + i] = row;
   if (threadIdx.x != 0) return;
-  p.row_hot[position] = begin + cold;
+  p.row_hot[position] = begin + first[kBuckets / 2];
   p.exact_rows[row] = position < *p.order.count && p.exact[position / kRows];
 }
 

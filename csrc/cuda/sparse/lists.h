@@ -59,16 +59,17 @@ struct KeepParams {
   float eps = 0.0f;
   int id_bits = 0;  // bits of an id in a key; one more says that it is a hot one
   core::LossOptions options;
-  // By count_kept; all but `exact` must be zero:
-  int32_t* kept = nullptr;        // (row blocks,): kept entries, 0 in blocks that go the exact way
-  int32_t* row_counts = nullptr;  // (N,) by position
-  int32_t* column_counts = nullptr;  // (V,): kept entries of each id in some row blocks
+  // By count_kept:
+  int32_t* row_counts =
+      nullptr;  // (row blocks, parts, kRowBlock): kept entries, 0 in blocks that go the exact way
+  int32_t* kept = nullptr;  // (row blocks,), must be zero: their sums
+  int32_t* column_counts =
+      nullptr;  // (V,), must be zero: kept entries of each id in some row blocks
   uint8_t* exact =
       nullptr;  // (row blocks,): 1 where candidates overflowed or a bound lies above its lse
   // For write_kept:
   const int32_t* slots = nullptr;  // (V,): number of a hot id, -1 for the others
   const int32_t* first = nullptr;  // (row blocks,): where a block's entries start
-  int32_t* row_used = nullptr;     // (N,), must be zero: entries written of a position
   int32_t* row_first =
       nullptr;              // (N + 1,): where a position's entries start; the last by place_kept
   int32_t* keys = nullptr;  // (capacity,): (hot, id)
