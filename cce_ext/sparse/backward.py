@@ -14,7 +14,7 @@ from cce_ext.options import LossOptions
 from cce_ext.sparse import history, products, tail
 from cce_ext.sparse.forward import Lists
 
-# Bytes of a chunk of the sampled rows' tails, and of the rows of a float32 adapter that it takes.
+# Bytes of a chunk of the sampled rows' tails.
 _TAIL_BYTES = 96 << 20
 # Lifts the sampled tails, whose rows add up to about 1, out of float16's smallest numbers.
 _LIFT = 2.0**10
@@ -29,7 +29,7 @@ class _Call(NamedTuple):
     lse: Tensor
     bias: Tensor | None  # float32
     u: Tensor | None
-    lora_b: Tensor | None  # e's dtype, or float32: rows are rounded where they are multiplied
+    lora_b: Tensor | None  # e's dtype
     options: LossOptions
     vocab: tuple[int, int]  # first id, size of the whole vocabulary
     eps: float
@@ -128,7 +128,8 @@ def _sparse(
         lse.contiguous(),
         None if bias is None else bias.float().contiguous(),
         None if u is None else readable(u, e.dtype),
-        None if lora_b is None else _rows_of_adapter(lora_b, e.dtype),
+        # A float32 adapter is copied, but the copy is gone before there are gradients by columns.
+        None if lora_b is None else readable(lora_b, e.dtype),
         LossOptions(ignore_index, softcap, logit_scale, label_smoothing),
         (vocab_start, total),
         eps,
@@ -151,7 +152,8 @@ def _sparse(
         _row_gradient(kept, tilt.rows, source, tilted, like) if need else None
         for (need, source, like), tilted in zip(rows_of, tilt[1:], strict=True)
     ]
-    del tilt
+    del tilt, rows_of
+    call = call._replace(lora_b=None)
     by_column = [
         _column_gradient(kept, source, like) if need else None for need, source, like in columns_of
     ]
@@ -167,8 +169,8 @@ def _sparse(
     # empty list costs an empty launch.
     torch.ops.cce.exact_rows_(
         by_row[0], by_column[0], dbias, by_row[1], by_column[1], call.e, call.c, call.bias, call.u,
-        call.lora_b, order, count, d_all, dlse, call.lse, targets, ignore_index, softcap,
-        logit_scale, label_smoothing, *call.vocab,
+        None if lora_b is None else _rows_of_adapter(lora_b, e.dtype), order, count, d_all, dlse,
+        call.lse, targets, ignore_index, softcap, logit_scale, label_smoothing, *call.vocab,
     )  # fmt: skip
     results = (by_row[0], by_column[0], dbias, by_row[1], by_column[1])
     return tuple(
@@ -236,7 +238,7 @@ def _tilt(
 ) -> products.Tilt:
     """See `tail.tilt`; of the logits of the sampled ids in 16 bits."""
     c = call.c[ids]
-    lora_b = None if call.lora_b is None else call.lora_b[ids].to(call.e.dtype)
+    lora_b = None if call.lora_b is None else call.lora_b[ids]
     rows = torch.mm(call.e, c.T)
     if lora_b is not None:
         rows.addmm_(call.u, lora_b.T)
@@ -253,10 +255,9 @@ def _sampled_tails(
     """(K, V): what the sampled rows drop, times their weight, summed by class; call: of these rows
     alone, R of them; member (K, R) ones and zeros."""
     v, size, o = call.c.shape[0], order.shape[0], call.options
-    rank = 0 if call.lora_b is None else call.lora_b.shape[1]
     sums = torch.empty(member.shape[0], v, device=order.device, dtype=torch.float32)
     tile = torch.ops.cce.column_tile(call.e)
-    step = max(tile, _TAIL_BYTES // (2 * (size + rank)) // tile * tile)
+    step = max(tile, _TAIL_BYTES // (2 * size) // tile * tile)
     width = -(-min(step, v) // 8) * 8
     buffer = torch.empty(size, width, device=order.device, dtype=call.e.dtype)
     for first in range(0, v, step):
@@ -265,7 +266,7 @@ def _sampled_tails(
         torch.ops.cce.dlogits_(
             part, call.e, call.c[columns],
             None if call.bias is None else call.bias[columns],
-            call.u, None if call.lora_b is None else readable(call.lora_b[columns], call.e.dtype),
+            call.u, None if call.lora_b is None else call.lora_b[columns],
             order, count, records, first, o.softcap, o.logit_scale, o.label_smoothing,
             tail_eps=call.eps,
         )  # fmt: skip
@@ -274,7 +275,7 @@ def _sampled_tails(
 
 
 def _rows_of_adapter(lora_b: Tensor, dtype: torch.dtype) -> Tensor:
-    """lora_b (V, R) without a copy where it is float32, as adapters usually are."""
+    """lora_b (V, R) for the exact rows, without a copy where it is float32, as adapters usually are."""
     if lora_b.dtype == torch.float32 and lora_b.stride(1) == 1:
         return lora_b
     return readable(lora_b, dtype)

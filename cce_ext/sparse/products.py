@@ -15,9 +15,6 @@ from torch import Tensor
 
 from cce_ext.sparse.tail import GROUP, wide_mm
 
-# Groups at a time where a matrix is wider than the factors.
-_STRETCH = 16
-
 
 class Factors(NamedTuple):
     """Tail and hot ids in the dtype of the matmuls. K: kinds of rows, which are the classes and,
@@ -44,27 +41,19 @@ class Tilt(NamedTuple):
 
 def row_gradient(factors: Factors, tilt: Tensor, weight: Tensor, tilted: Tensor) -> Tensor:
     """(N, width): what tail and hot ids add to a gradient by rows, Σ_j g[n, j] weight[j]; weight
-    (V, width), which may be wider than the factors; tilt (N, J) and tilted (J, width) as in
-    `Tilt`."""
+    (V, width); tilt (N, J) and tilted (J, width) as in `Tilt`."""
     rows, shape, hot, units = factors
     kinds, whole = shape.shape[0], weight.shape[0] // GROUP
     other = rows.new_empty(rows.shape[1], weight.shape[1])
-    count = hot.shape[0]
-    if weight.dtype == rows.dtype:
-        torch.index_select(weight, 0, hot, out=other[:count])
-    else:
-        other[:count] = weight[hot]
-    centers, end = other[count:], whole * GROUP
-    # What must be rounded first goes through a stretch of groups at a time, not through a copy of it all.
-    step = max(whole, 1) if weight.dtype == rows.dtype else _STRETCH
-    for first in range(0, whole, step):
-        last = min(first + step, whole)
-        ids = slice(first * GROUP, last * GROUP)
-        grouped = shape[:, ids].unflatten(1, (last - first, GROUP)).transpose(0, 1)
-        to = centers[first * kinds : last * kinds].unflatten(0, (last - first, kinds))
-        torch.bmm(grouped, weight[ids].to(rows.dtype).unflatten(0, (last - first, GROUP)), out=to)
+    count, end = hot.shape[0], whole * GROUP
+    torch.index_select(weight, 0, hot, out=other[:count])
+    centers = other[count:]
+    if whole:
+        grouped = shape[:, :end].unflatten(1, (whole, GROUP)).transpose(0, 1)
+        to = centers[: whole * kinds].unflatten(0, (whole, kinds))
+        torch.bmm(grouped, weight[:end].unflatten(0, (whole, GROUP)), out=to)
     if weight.shape[0] > end:
-        torch.mm(shape[:, end:], weight[end:].to(rows.dtype), out=centers[whole * kinds :])
+        torch.mm(shape[:, end:], weight[end:], out=centers[whole * kinds :])
     if rows.dtype != torch.float16:  # needs no units: one product, rounded once
         return (rows @ other).addmm_(tilt, tilted)
     total = wide_mm(rows[:, count:], centers).add_(wide_mm(tilt, tilted)).mul_(units[2])

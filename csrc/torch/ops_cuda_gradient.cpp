@@ -119,10 +119,8 @@ void gather_cuda(Tensor out, Tensor source, Tensor first, std::optional<Tensor> 
   STD_TORCH_CHECK(out.size(1) == source.size(1) && out.stride(1) == 1 && source.stride(1) == 1,
                   "out and source must have the same columns, one beside the other");
   cuda::GatherParams p;
-  p.source_fp32 = source.scalar_type() == ScalarType::Float;
-  const Tensor& half = p.source_fp32 ? out : source;  // unless both are float32
-  p.out_fp32 = is_fp32_beside(out, half, "out");
-  if (half.scalar_type() != ScalarType::Float) p.dtype = kernel_dtype(half);
+  p.out_fp32 = is_fp32_beside(out, source, "out");
+  p.dtype = kernel_dtype(source);
   p.source = source.const_data_ptr();
   p.source_ld = source.stride(0);
   p.out = out.mutable_data_ptr();

@@ -21,27 +21,36 @@ __device__ __forceinline__ float warp_sum(float x) {
   return x;
 }
 
-// The logit of a sampled column, base 2.
-__device__ __forceinline__ float logit2(const BoundParams& p, const float* products, int column) {
-  float x = products[column] + (p.bias ? p.bias[column] : 0.0f);
-  x *= static_cast<float>(p.options.logit_scale);
-  const float cap = static_cast<float>(p.options.softcap);
-  if (cap != 0.0f) x = core::softcap<DeviceMath>(x, cap, 1.0f / cap);
-  return x * kLog2E;
-}
-
 constexpr int kPerLane = kMaxStrided / 32;
 
-// A row's logits in columns first to end, kMaxStrided at most, a lane's 32 apart and all on their way at once; -inf for
+// A row's logits, base 2, in columns first to end, kMaxStrided at most, a lane's 32 apart and all on their way at once; -inf for
 // those that do not count.
 __device__ __forceinline__ void load_logits(const BoundParams& p, const float* products, int first,
                                             int end, float (&x)[kPerLane]) {
+  const float scale = static_cast<float>(p.options.logit_scale),
+              cap = static_cast<float>(p.options.softcap), inv_cap = 1.0f / cap;
+  bool counts[kPerLane];
 #pragma unroll
   for (int i = 0; i < kPerLane; ++i) {
     const int column = first + 32 * i + static_cast<int>(threadIdx.x % 32);
-    const bool counts = column < end && p.counts[column];
-    x[i] = counts ? logit2(p, products, column) : -INFINITY;
+    const int there = min(column, end - 1);
+    x[i] = products[there];
+    counts[i] = column < end & p.counts[there] != 0;
   }
+  if (p.bias) {
+#pragma unroll
+    for (int i = 0; i < kPerLane; ++i)
+      x[i] += p.bias[min(first + 32 * i + static_cast<int>(threadIdx.x % 32), end - 1)];
+  }
+  if (cap != 0.0f) {
+#pragma unroll
+    for (int i = 0; i < kPerLane; ++i) x[i] = core::softcap<DeviceMath>(x[i] * scale, cap, inv_cap);
+  } else {
+#pragma unroll
+    for (int i = 0; i < kPerLane; ++i) x[i] *= scale;
+  }
+#pragma unroll
+  for (int i = 0; i < kPerLane; ++i) x[i] = counts[i] ? x[i] * kLog2E : -INFINITY;
 }
 
 // What the strided columns say, in units of 2^reference: the eight largest, and of the others sum and sum of squares.

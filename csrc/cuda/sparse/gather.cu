@@ -222,8 +222,6 @@ cudaError_t choose(const GatherParams& p, cudaStream_t stream) {
 
 template <typename T>
 cudaError_t choose(const GatherParams& p, cudaStream_t stream) {
-  if (p.source_fp32)
-    return p.out_fp32 ? choose<float, float>(p, stream) : choose<float, T>(p, stream);
   return p.out_fp32 ? choose<T, float>(p, stream) : choose<T, T>(p, stream);
 }
 

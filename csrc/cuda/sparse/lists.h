@@ -218,12 +218,12 @@ cudaError_t entry_weights(const WeightParams& params, cudaStream_t stream);
 
 // out[s] += Σ_i weights[i] source[items[i]] over the entries i of segment s; see gather.cu.
 struct GatherParams {
-  Dtype dtype = Dtype::kBFloat16;  // of source and out
+  Dtype dtype = Dtype::kBFloat16;  // of source, and of out unless out_fp32
   const void* source = nullptr;    // (items, width)
   int64_t source_ld = 0;
   void* out = nullptr;  // (segments, width)
   int64_t out_ld = 0;
-  bool source_fp32 = false, out_fp32 = false;  // float instead
+  bool out_fp32 = false;
   int width = 0;
   const int32_t* first = nullptr;  // (segments + 1,): where a segment's entries start
   const int32_t* last = nullptr;   // (segments,): where they end; null: where the next one's start

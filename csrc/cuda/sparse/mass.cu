@@ -10,6 +10,7 @@ namespace cce::cuda {
 namespace {
 
 constexpr int kThreads = 128;
+constexpr int kNearGroups = 128;  // groups whose masses a warp has in shared memory
 
 __device__ __forceinline__ float capped(const core::LossOptions& options, float z) {
   const float cap = static_cast<float>(options.softcap);
@@ -20,12 +21,21 @@ __device__ __forceinline__ float capped(const core::LossOptions& options, float 
 __device__ __forceinline__ float group_mass(const MassParams& p, int64_t position, int group,
                                             float lse2) {
   const int end = min((group + 1) * p.splits_per_group, p.splits);
+  constexpr int kInFlight = 4;
   float mass = 0.0f;
-  for (int64_t s = group * p.splits_per_group; s < end; ++s) {
-    const int64_t at = s * p.n + position;
-    const float2 part = p.partials.max_sum[at];
-    if (part.x == -INFINITY) continue;
-    mass += (p.partials.capped ? p.partials.capped[at] : part.y) * ptx::ex2(part.x - lse2);
+  for (int64_t s = group * p.splits_per_group; s < end; s += kInFlight) {
+    float2 part[kInFlight];
+    float sum[kInFlight];
+#pragma unroll
+    for (int i = 0; i < kInFlight; ++i) {
+      const int64_t at = min(s + i, int64_t{end} - 1) * p.n + position;
+      part[i] = p.partials.max_sum[at];
+      sum[i] = p.partials.capped ? p.partials.capped[at] : part[i].y;
+    }
+#pragma unroll
+    for (int i = 0; i < kInFlight; ++i) {
+      if (s + i < end && part[i].x != -INFINITY) mass += sum[i] * ptx::ex2(part[i].x - lse2);
+    }
   }
   return mass;
 }
@@ -34,15 +44,16 @@ __device__ __forceinline__ float group_mass(const MassParams& p, int64_t positio
 // adds what belongs to one group, and its last lane takes that from the group's mass.
 __device__ void subtract_kept(const MassParams& p, int begin, int end, float* mass, float lse2) {
   const int lane = threadIdx.x % 32;
+  // The next entry is on its way while this one is worked on.
+  float next_z = begin + lane < end ? p.logits[begin + lane] : 0.0f;
+  int next_id = begin + lane < end ? p.ids[begin + lane] : -1;
   for (int base = begin; base < end; base += 32) {
-    const int i = base + lane;
-    int group = -1;
-    float kept = 0.0f;
-    if (i < end) {
-      const float z = p.logits[i];
-      group = p.ids[i] / kGroupCols;
-      kept = ptx::ex2(fmaf(z, kLog2E, -lse2)) * capped(p.options, z);
-    }
+    const float z = next_z;
+    const int id = next_id, i = base + 32 + lane;
+    next_z = i < end ? p.logits[i] : 0.0f;
+    next_id = i < end ? p.ids[i] : -1;
+    const int group = id < 0 ? -1 : id / kGroupCols;
+    float kept = id < 0 ? 0.0f : ptx::ex2(fmaf(z, kLog2E, -lse2)) * capped(p.options, z);
 #pragma unroll
     for (int d = 1; d < 32; d *= 2) {
       const float before = __shfl_up_sync(~0u, kept, d);
@@ -56,22 +67,25 @@ __device__ void subtract_kept(const MassParams& p, int begin, int end, float* ma
 }
 
 __global__ void __launch_bounds__(kThreads) mass_kernel(const __grid_constant__ MassParams p) {
+  __shared__ float near[kThreads / 32][kNearGroups];
   const int64_t position = static_cast<int64_t>(blockIdx.x) * (kThreads / 32) + threadIdx.x / 32;
   if (position >= p.n) return;
   const int64_t row = p.order.rows[position];
   const float lse2 = p.lse[row] * kLog2E;
-  float* mass = p.mass + row * p.groups;
+  float* const out = p.mass + row * p.groups;
   const int lane = threadIdx.x % 32;
   if (position >= *p.order.count) {  // does not count
-    for (int g = lane; g < p.groups; g += 32) mass[g] = 0.0f;
+    for (int g = lane; g < p.groups; g += 32) out[g] = 0.0f;
     return;
   }
+  float* const mass = p.groups <= kNearGroups ? near[threadIdx.x / 32] : out;
   for (int g = lane; g < p.groups; g += 32) mass[g] = group_mass(p, position, g, lse2);
   __syncwarp();
   subtract_kept(p, p.first[position], p.hot[position], mass, lse2);
   subtract_kept(p, p.hot[position], p.first[position + 1], mass, lse2);
   for (int g = lane; g < p.groups; g += 32) {
-    if (mass[g] < 0.0f) mass[g] = 0.0f;  // rounding; a NaN stays
+    const float left = mass[g];
+    out[g] = left < 0.0f ? 0.0f : left;  // rounding; a NaN stays
   }
 }
 

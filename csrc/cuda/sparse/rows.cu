@@ -80,10 +80,6 @@ __device__ __forceinline__ int64_t steps_of(float a, float mass, float top) {
   return static_cast<int64_t>(ceil(static_cast<double>(share) / static_cast<double>(top) * kSteps));
 }
 
-struct Largest {
-  __device__ float operator()(float a, float b) const { return a > b ? a : b; }
-};
-
 // What 16-bit factors are divided by: in float16 by about the largest, in bfloat16 by nothing.
 __device__ void write_units(const BackwardRowsParams& p, float a, float d, float mass) {
   const bool wanted = p.unit_scale != 0.0f;
@@ -92,27 +88,50 @@ __device__ void write_units(const BackwardRowsParams& p, float a, float d, float
   p.units[2] = wanted ? p.units[1] / kShapeLift : 1.0f;
 }
 
+// Sums and maxima of two or three numbers at once.
+struct Counts {
+  int valid, exact;
+  __device__ Counts operator+(Counts other) const {
+    return {valid + other.valid, exact + other.exact};
+  }
+};
+struct Steps {
+  int64_t steps;
+  int some;
+  __device__ Steps operator+(Steps other) const { return {steps + other.steps, some + other.some}; }
+};
+struct Plus {
+  template <typename T>
+  __device__ T operator()(T a, T b) const {
+    return a + b;
+  }
+};
+struct Largest {
+  __device__ float3 operator()(float3 a, float3 b) const {
+    return {fmaxf(a.x, b.x), fmaxf(a.y, b.y), fmaxf(a.z, b.z)};
+  }
+};
+
 // By the final T: exact rows, whose weights become zero here, their share and list; then the sample. Each thread has a
 // stretch of rows.
 __global__ void __launch_bounds__(kBlock)
     sample_kernel(const __grid_constant__ BackwardRowsParams p) {
-  using Max = cub::BlockReduce<float, kBlock>;
-  using Sum = cub::BlockReduce<int, kBlock>;
-  using Scan = cub::BlockScan<int64_t, kBlock, cub::BLOCK_SCAN_WARP_SCANS>;
-  using Count = cub::BlockScan<int, kBlock, cub::BLOCK_SCAN_WARP_SCANS>;
+  using Max = cub::BlockReduce<float3, kBlock>;
+  using Count = cub::BlockScan<Counts, kBlock, cub::BLOCK_SCAN_WARP_SCANS>;
+  using Scan = cub::BlockScan<Steps, kBlock, cub::BLOCK_SCAN_WARP_SCANS>;
   __shared__ union {
     typename Max::TempStorage max;
-    typename Sum::TempStorage sum;
-    typename Scan::TempStorage scan;
     typename Count::TempStorage count;
+    typename Scan::TempStorage scan;
   } storage;
   __shared__ float top_of_all;
+  __shared__ int64_t reached[kBlock];  // steps up to the end of each thread's stretch
   const int64_t each = (p.n + kBlock - 1) / kBlock;
-  const int64_t begin = threadIdx.x * each, end = begin + each < p.n ? begin + each : p.n;
+  const int64_t begin = min(threadIdx.x * each, p.n), end = min(begin + each, p.n);
   const bool flat = !(
       *p.share <= p.flat);  // a NaN goes the exact way, which carries it to where eager's would be
-  int valid = 0, exact = 0;
-  float top = 0.0f, top_a = 0.0f, top_d = 0.0f;
+  Counts mine{0, 0};
+  float3 largest{0.0f, 0.0f, 0.0f};  // of |a| mass, |a|, |d|
   visit_rows(
       begin, end,
       [&](int64_t row) {
@@ -122,35 +141,26 @@ __global__ void __launch_bounds__(kBlock)
       [&](int64_t row, Upstream x) {
         const bool is_exact = x.counts && (flat || x.listed);
         p.exact[row] = is_exact;
-        valid += x.counts;
-        exact += is_exact;
+        mine = mine + Counts{x.counts, is_exact};
         p.d_all[row] = x.d;
         if (is_exact) p.a[row] = p.d[row] = x.a = x.d = 0.0f;
-        if (x.mass > kNothing) top = fmaxf(top, fabsf(x.a) * x.mass);
-        top_a = fmaxf(top_a, fabsf(x.a));
-        top_d = fmaxf(top_d, fabsf(x.d));
+        const float a = fabsf(x.a);
+        largest = Largest()(largest, {x.mass > kNothing ? a * x.mass : 0.0f, a, fabsf(x.d)});
       });
-  valid = Sum(storage.sum).Sum(valid);
+  largest = Max(storage.max).Reduce(largest, Largest());
   __syncthreads();
-  int exact_before, exact_in_all;
-  Count(storage.count).ExclusiveSum(exact, exact_before, exact_in_all);
-  __syncthreads();
-  top_a = Max(storage.max).Reduce(top_a, Largest());
-  __syncthreads();
-  top_d = Max(storage.max).Reduce(top_d, Largest());
-  __syncthreads();
-  top = Max(storage.max).Reduce(top, Largest());
+  Counts before, in_all;
+  Count(storage.count).ExclusiveScan(mine, before, Counts{0, 0}, Plus(), in_all);
   if (threadIdx.x == 0) {
-    *p.exact_share = static_cast<float>(exact_in_all) / (valid > 0 ? valid : 1);
-    *p.count = exact_in_all;
-    write_units(p, top_a, top_d, top);
-    top_of_all = top;
+    *p.exact_share = static_cast<float>(in_all.exact) / (in_all.valid > 0 ? in_all.valid : 1);
+    *p.count = in_all.exact;
+    write_units(p, largest.y, largest.z, largest.x);
+    top_of_all = largest.x;
   }
   __syncthreads();
-  top = top_of_all;
-  int64_t mine = 0;
-  int some = 0;
-  int64_t listed = exact_before, unlisted = exact_in_all + begin - exact_before;
+  const float top = top_of_all;
+  Steps steps_here{0, 0};
+  int64_t listed = before.exact, unlisted = in_all.exact + begin - before.exact;
   visit_rows(
       begin, end,
       [&](int64_t row) {
@@ -158,44 +168,52 @@ __global__ void __launch_bounds__(kBlock)
       },
       [&](int64_t row, const Upstream& x) {
         const int64_t steps = steps_of(x.a, x.mass, top);
-        mine += steps;
-        some += steps > 0;
+        steps_here = steps_here + Steps{steps, steps > 0};
+        p.cumulated[row] = steps;  // so far, of this row alone
         p.order[x.listed ? listed++ : unlisted++] = static_cast<int32_t>(row);
       });
-  int64_t before, all;
-  Scan(storage.scan).ExclusiveSum(mine, before, all);
-  __syncthreads();
-  int some_before, some_in_all;
-  Count(storage.count).ExclusiveSum(some, some_before, some_in_all);
-  const bool few = some_in_all <= p.sample;
-  int64_t others = begin - some_before;  // rows without steps before this stretch
-  int64_t place = some_before;
+  Steps steps_before, steps_in_all;
+  Scan(storage.scan).ExclusiveScan(steps_here, steps_before, Steps{0, 0}, Plus(), steps_in_all);
+  const bool few = steps_in_all.some <= p.sample;
+  int64_t others = begin - steps_before.some;  // rows without steps before this stretch
+  int64_t place = steps_before.some, cumulated = steps_before.steps;
+  struct Tail {
+    int64_t steps;
+    float a, mass;
+  };
   visit_rows(
-      begin, end, [&](int64_t row) { return float2{p.a[row], p.row_mass[row]}; },
-      [&](int64_t row, float2 x) {
-        const int64_t steps = steps_of(x.x, x.y, top);
-        before += steps;
-        p.cumulated[row] = before;
+      begin, end, [&](int64_t row) { return Tail{p.cumulated[row], p.a[row], p.row_mass[row]}; },
+      [&](int64_t row, const Tail& x) {
+        cumulated += x.steps;
+        p.cumulated[row] = cumulated;
         float weight = 0.0f;
-        if (steps > 0) weight = few ? fabsf(x.x) / top : 1.0f / x.y;
+        if (x.steps > 0) weight = few ? fabsf(x.a) / top : 1.0f / x.mass;
         p.weight[row] = weight;
         // Few rows: all of them, then rows that weigh nothing.
-        const int64_t at = steps > 0 ? place++ : some_in_all + others++;
+        const int64_t at = x.steps > 0 ? place++ : steps_in_all.some + others++;
         if (few && at < p.sample) p.rows[at] = row;
       });
-  __syncthreads();  // `cumulated` is complete
+  reached[threadIdx.x] = cumulated;
+  __syncthreads();
   const int i = threadIdx.x;
   if (few || i >= p.sample) return;
+  const int64_t all = steps_in_all.steps;
   const int64_t aim = all / p.sample * i + all / (2 * p.sample);
-  int64_t low = 0, high = p.n;
-  while (low < high) {  // the first row whose steps reach beyond the aim
-    const int64_t middle = (low + high) / 2;
-    if (p.cumulated[middle] <= aim)
-      low = middle + 1;
-    else
-      high = middle;
-  }
-  p.rows[i] = low < p.n ? low : p.n - 1;
+  // The first row whose steps reach beyond the aim: in the first stretch whose end does.
+  const auto first_beyond = [&](const int64_t* values, int64_t low, int64_t high) {
+    while (low < high) {
+      const int64_t middle = (low + high) / 2;
+      if (values[middle] <= aim)
+        low = middle + 1;
+      else
+        high = middle;
+    }
+    return low;
+  };
+  const int64_t stretch = first_beyond(reached, 0, kBlock - 1);
+  const int64_t row =
+      first_beyond(p.cumulated, min(stretch * each, p.n), min((stretch + 1) * each, p.n));
+  p.rows[i] = min(row, p.n - 1);
 }
 
 }  // namespace

@@ -78,13 +78,24 @@ __global__ void __launch_bounds__(kIdThreads) ids_kernel(const __grid_constant__
 
 // The logit of sampled id j from its 16-bit product.
 template <typename T>
-__device__ __forceinline__ float logit_of(const TiltParams& p, T product, int j) {
-  float x = widen(product);
-  if (p.bias) x += p.bias[p.ids[j]];
-  x *= static_cast<float>(p.options.logit_scale);
-  const float cap = static_cast<float>(p.options.softcap);
-  return cap == 0.0f ? x : core::softcap<DeviceMath>(x, cap, 1.0f / cap);
-}
+struct Logit {
+  const float* bias;
+  const int64_t* ids;
+  float scale, cap, inv_cap;
+
+  __device__ __forceinline__ explicit Logit(const TiltParams& p)
+      : bias(p.bias),
+        ids(p.ids),
+        scale(static_cast<float>(p.options.logit_scale)),
+        cap(static_cast<float>(p.options.softcap)),
+        inv_cap(1.0f / cap) {}
+  __device__ __forceinline__ float operator()(T product, int j) const {
+    float x = widen(product);
+    if (bias) x += bias[ids[j]];
+    x *= scale;
+    return cap == 0.0f ? x : core::softcap<DeviceMath>(x, cap, inv_cap);
+  }
+};
 
 // means[k, j]: over the sampled rows of class k, each with the mass that it stands for, and a little of all.
 template <typename T>
@@ -94,12 +105,13 @@ __global__ void __launch_bounds__(kMeanCols* kMeanParts)
   __shared__ float weights[kMeanParts][kTailClasses];
   const int lane = threadIdx.x % kMeanCols, part = threadIdx.x / kMeanCols;
   const int j = static_cast<int>(blockIdx.x) * kMeanCols + lane;
+  const Logit<T> logit(p);
   float sum[kTailClasses] = {}, weight[kTailClasses] = {};
   for (int s = part; s < p.samples; s += kMeanParts) {
     const int64_t row = p.rows[s];
     const int of = static_cast<int>(p.classes[row]);
     const float w = p.weight[row] * p.row_mass[row];
-    const float z = j < p.count ? logit_of(p, static_cast<const T*>(p.z)[row * p.ld + j], j) : 0.0f;
+    const float z = j < p.count ? logit(static_cast<const T*>(p.z)[row * p.ld + j], j) : 0.0f;
 #pragma unroll
     for (int k = 0; k < kTailClasses; ++k) {
       if (k != of || w == 0.0f) continue;
@@ -151,47 +163,62 @@ __global__ void __launch_bounds__(32 * kRowWarps)
     for (int j = lane; j < p.count / 2; j += 32) out[j] = {narrow<T>(0.0f), narrow<T>(0.0f)};
     return;
   }
-  // The masses of the first 64 groups are on their way while the logits are: in the loop below nobody waits for them.
   const float* masses = p.mass + row * p.groups;
-  const float mass_low = lane < p.groups ? masses[lane] : 0.0f;
-  const float mass_high = lane + 32 < p.groups ? masses[lane + 32] : 0.0f;
   const auto* means = reinterpret_cast<const float2*>(p.means + p.classes[row] * p.count);
-  for (int j = lane; j < p.count / 2; j += 32) {
-    const Pair<T> product = out[j];
-    const float2 mean = means[j];
-    reinterpret_cast<float2*>(x)[j] = {logit_of(p, product.x, 2 * j) - mean.x,
-                                       logit_of(p, product.y, 2 * j + 1) - mean.y};
-  }
-  __syncwarp();
-  // Half a warp a group: x above the group's mean, times the mass that each of its ids stands for. Groups without ids are
-  // not visited.
-  const auto end_of = [&](int begin) {
-    return begin < p.count ? p.first[p.ids[begin] / kGroupCols + 1] : begin;
-  };
-  float moment = 0.0f;
-  for (int next = 0; next < p.count;) {
-    const int middle = end_of(next), last = end_of(middle);
-    const int begin = lane < 16 ? next : middle, end = lane < 16 ? middle : last;
-    next = last;
-    const int group = begin < end ? static_cast<int>(p.ids[begin] / kGroupCols) : 0;
-    const float low = __shfl_sync(~0u, mass_low, group % 32);
-    const float high = __shfl_sync(~0u, mass_high, group % 32);
-    const float mass = group < 32 ? low : group < 64 ? high : masses[group];
-    const float each = 1.0f / static_cast<float>(max(end - begin, 1));
-    float sum = 0.0f, squares = 0.0f;
-    for (int j = begin + lane % 16; j < end; j += 16) {
-      sum += x[j];
-      squares = fmaf(x[j], x[j], squares);
+  const Logit<T> logit(p);
+  constexpr int kInFlight = 4;
+  for (int base = lane; base < p.count / 2; base += 32 * kInFlight) {
+    Pair<T> product[kInFlight];
+    float2 mean[kInFlight];
+#pragma unroll
+    for (int i = 0; i < kInFlight; ++i) {
+      const int j = min(base + 32 * i, p.count / 2 - 1);
+      product[i] = out[j];
+      mean[i] = means[j];
     }
 #pragma unroll
-    for (int d = 8; d > 0; d /= 2) {
-      sum += __shfl_xor_sync(~0u, sum, d);
-      squares += __shfl_xor_sync(~0u, squares, d);
+    for (int i = 0; i < kInFlight; ++i) {
+      const int j = base + 32 * i;
+      if (j < p.count / 2)
+        reinterpret_cast<float2*>(x)[j] = {logit(product[i].x, 2 * j) - mean[i].x,
+                                           logit(product[i].y, 2 * j + 1) - mean[i].y};
     }
-    const float mean = sum * each;
-    for (int j = begin + lane % 16; j < end; j += 16)
-      x[j] = mass == 0.0f ? 0.0f : (x[j] - mean) * mass * each;
-    if (mass != 0.0f) moment += mass * fmaxf(fmaf(-mean, mean, squares * each), 0.0f);
+  }
+  __syncwarp();
+  // Half a warp a group: x above the group's mean, times the mass that each of its ids stands for. A lane knows where one
+  // of 32 groups begins and ends, and its mass; those without ids are passed over.
+  float moment = 0.0f;
+  for (int first = 0; first < p.groups; first += 32) {
+    const bool exists = first + lane < p.groups;
+    const int my_begin = exists ? p.first[first + lane] : 0;
+    const int my_end = exists ? p.first[first + lane + 1] : 0;
+    const float my_mass = exists ? masses[first + lane] : 0.0f;
+    for (unsigned left = __ballot_sync(~0u, my_begin < my_end); left != 0;) {
+      const int one = __ffs(left) - 1;
+      left &= left - 1;
+      const int other = left == 0 ? one : __ffs(left) - 1;
+      const bool alone = left == 0;
+      left &= left - 1;
+      const int group = lane < 16 ? one : other;
+      const int begin = __shfl_sync(~0u, my_begin, group), last = __shfl_sync(~0u, my_end, group);
+      const float mass = __shfl_sync(~0u, my_mass, group);
+      const int end = alone && lane >= 16 ? begin : last;
+      const float each = 1.0f / static_cast<float>(max(end - begin, 1));
+      float sum = 0.0f, squares = 0.0f;
+      for (int j = begin + lane % 16; j < end; j += 16) {
+        sum += x[j];
+        squares = fmaf(x[j], x[j], squares);
+      }
+#pragma unroll
+      for (int d = 8; d > 0; d /= 2) {
+        sum += __shfl_xor_sync(~0u, sum, d);
+        squares += __shfl_xor_sync(~0u, squares, d);
+      }
+      const float mean = sum * each;
+      for (int j = begin + lane % 16; j < end; j += 16)
+        x[j] = mass == 0.0f ? 0.0f : (x[j] - mean) * mass * each;
+      if (mass != 0.0f) moment += mass * fmaxf(fmaf(-mean, mean, squares * each), 0.0f);
+    }
   }
   moment += __shfl_xor_sync(~0u, moment, 16);
   __syncwarp();
