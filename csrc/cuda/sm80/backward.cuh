@@ -3,8 +3,8 @@
 // gradients. The sparse backward learns the shape of its tail from the same kernel (kTail).
 //
 // Tile, stages, warps and barriers: sm80/mainloop.cuh. Shared memory: the pipeline, then two sets of the rows' gradient
-// records (128 x 32 bytes): while a unit works with one, the next unit's records are copied into the other, as part of
-// the mainloop's first group of copies. A barrier at the start of each unit says that the last unit's set is free.
+// records (128 x 32 bytes): while a tile's epilogue works with one, the next unit's records are copied into the other, as
+// part of the mainloop's next group of copies. That its last readers are done follows from the mainloop's barriers.
 // Ignored rows are not multiplied; their rows of G are cleared.
 #pragma once
 
@@ -53,12 +53,12 @@ __device__ __forceinline__ void recompute_tiles(const Work& work, int count,
                                                 const DlogitsOut<T>& out, uint8_t* shared) {
   auto* sets = reinterpret_cast<RowGradient*>(shared + Config::kSharedBytes);
   const int row_blocks = (count + Config::kBlockM - 1) / Config::kBlockM;
-  using Place = Parking<Config>;
+  using Places = Parking<Config>;
   {
     const Cursor start(work, row_blocks);
     if (start.done()) return;
     copy_records<Config>(sets, records, start.row_block, work.n);
-    Place::put(shared, Place::kEpilogue, start);
+    Places::put(shared, Places::kEpilogue, start);
   }
   Mainloop<T, Config> mainloop(work, shared, row_blocks);
 
@@ -69,7 +69,7 @@ __device__ __forceinline__ void recompute_tiles(const Work& work, int count,
   while (true) {
     mainloop.multiply(acc);
     mainloop.settle();
-    Cursor at = Place::get(shared, Place::kEpilogue, work, row_blocks);
+    Cursor at = Places::get(shared, Places::kEpilogue, work, row_blocks);
     // Every warp has left the last tile's epilogue, in which the other set may have been used.
     copy_records<Config>(sets + (set ^ 1) * Config::kBlockM, records, at.next_row_block(), work.n);
     const int thread = ptx::thread_again(), warp = thread / 32;
@@ -94,9 +94,9 @@ __device__ __forceinline__ void recompute_tiles(const Work& work, int count,
     }
     if (at.next_tile()) set ^= 1;
     if (at.done()) break;
-    Place::put(shared, Place::kEpilogue, at);
+    Places::put(shared, Places::kEpilogue, at);
   }
-  ptx::cp_async_wait<0>();
+  mainloop.finish();
 }
 
 template <typename T, typename Config, Epilogue kEpilogue>

@@ -1,8 +1,8 @@
 // The sm_80 forward: long-K product fused with the streaming logsumexp.
 //
-// Tile 128 x 256 x kBlockK, kStages slices in shared memory (sm80/mainloop.cuh has the pipeline and its barriers), eight
+// Tile 128 x kBlockN x kBlockK, kStages slices in shared memory (sm80/mainloop.cuh has the pipeline and its barriers), eight
 // warps that all load, multiply and run the epilogue; persistent, one block a multiprocessor, no atomics.
-// Epilogue: each warp folds its 64 x 64 part into row states in shared memory that it alone owns (4 column groups x 128
+// Epilogue: each warp folds its 64 x kWarpN part into row states in shared memory that it alone owns (4 column groups x 128
 // rows); at the end of a unit (one row block x one split) the block merges the four groups in fixed order and writes one
 // partial per row. Shared memory: the pipeline, then RowStates, in training also 6 KB of candidates. In training, entries
 // that the sparse gradient may keep go to the row block's pool in device memory, by way of the warp's candidates in
@@ -39,11 +39,11 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
   if (kTraining && threadIdx.x < Config::kWarps) buffers.count[threadIdx.x] = 0;
   const int count = __ldg(work.row_count);
   const int row_blocks = (count + Config::kBlockM - 1) / Config::kBlockM;
-  using Place = Parking<Config>;
+  using Places = Parking<Config>;
   {
     const Cursor start(work, row_blocks);
     if (start.done()) return;
-    Place::put(shared, Place::kEpilogue, start);
+    Places::put(shared, Places::kEpilogue, start);
   }
   Mainloop<T, Config> mainloop(work, shared, row_blocks);
   if (threadIdx.x < Config::kBlockM) reset_row(states, threadIdx.x);
@@ -56,7 +56,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
     const int thread = ptx::thread_again(), warp = thread / 32;
     const int group = warp / Config::kWarpsM;
     const int warp_row = warp % Config::kWarpsM * Config::kWarpM + thread % 32 / 4;
-    Cursor at = Place::get(shared, Place::kEpilogue, work, row_blocks);
+    Cursor at = Places::get(shared, Places::kEpilogue, work, row_blocks);
     const int first = at.tile * Config::kBlockN + group * Config::kWarpN + Columns::first(thread);
     const bool ragged = (at.tile + 1) * Config::kBlockN > logits.cols;
     const CandidateSink<Config::kWarps, kBufferedCandidates, Config::kAccumulators / 4> sink{
@@ -81,7 +81,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
     const int row_block = at.row_block;
     const int64_t split = at.split();
     const bool ends = at.next_tile();
-    Place::put(shared, Place::kEpilogue, at);
+    Places::put(shared, Places::kEpilogue, at);
     if (ends) {
       if constexpr (kTraining) sink.flush();
       __syncthreads();
@@ -95,7 +95,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
     }
     if (at.done()) break;
   }
-  ptx::cp_async_wait<0>();
+  mainloop.finish();
 }
 
 }  // namespace cce::cuda::sm80

@@ -1,13 +1,17 @@
-// The long-K product of one 128 x 256 tile by mma.sync, fed by cp.async: D/kBlockK slices from (E, C), then R/kBlockK
+// The long-K product of one 128 x kBlockN tile by mma.sync, fed by cp.async: D/kBlockK slices from (E, C), then R/kBlockK
 // slices from (U, B), without joining them in memory.
 //
-// Shared memory: kStages slices, each an A tile (128, kBlockK) and a B tile (256, kBlockK), swizzled (common/swizzle).
-// Warps: all eight load and multiply; warp (m, n) of the 2 x 4 grid owns 64 rows x 64 columns.
-// Barrier protocol: slices are numbered in one stream over all tiles and units of a block. Before reading slice s a thread
-// waits for its own copies of slice s (cp.async.wait_group), then __syncthreads makes everybody's copies visible and says
-// that everybody has read slice s - 1, whose buffer the copies of slice s + kStages - 1 then overwrite, a part at each
-// step of 16 in K so that they do not hold up the products. The stream does not stop at a tile's end: while the epilogue
-// runs, the next tile's first slices are on their way.
+// Shared memory: kStages slices, each an A tile (128, kBlockK) and a B tile (kBlockN, kBlockK), swizzled (common/swizzle);
+// then cursors and a barrier.
+// Warps: all eight load and multiply; warp (m, n) of the 2 x 4 grid owns 64 rows x kWarpN columns. A step of 16 in K is
+// multiplied in pieces of 16 columns, so that few fragments of B are in registers.
+// Barrier protocol: slices are numbered in one stream over all tiles and units of a block. Near the end of slice s, when
+// all its fragments have been read, a thread waits for its own copies of slice s + 1 (cp.async.wait_group); __syncthreads
+// makes everybody's copies visible and says that everybody has read slice s, whose buffer the copies of slice s + kStages
+// then overwrite, a part at each step of 16 in K so that they do not hold up the products. The stream does not stop at a
+// tile's end: while the epilogue runs, the next tile's first slices are on their way, the first of them complete.
+// kSplit: a warp that has its copies of slice s + 1 and has read slice s - 1 arrives at an mbarrier a step before slice s
+// ends, and waits for the others only at its last step, before it reads slice s + 1 and copies into slice s - 1.
 #pragma once
 
 #include <cstdint>
@@ -17,25 +21,27 @@
 #include "cuda/common/work.cuh"
 #include "cuda/ptx/cp_async.cuh"
 #include "cuda/ptx/ldmatrix.cuh"
+#include "cuda/ptx/mbarrier.cuh"
 #include "cuda/ptx/mma.cuh"
 #include "cuda/ptx/special.cuh"
 
 namespace cce::cuda::sm80 {
 
-// Cursors at rest, in shared memory behind the pipeline, each warp's own: registers are for the accumulators.
+// Cursors at rest, in shared memory behind the pipeline, each warp's own: registers are for the accumulators. All lanes of
+// a warp take part.
 template <typename Config>
 struct Parking {
-  static constexpr int kLoader = 0, kEpilogue = 1;
+  enum Which { kLoader, kEpilogue };
   static __device__ __forceinline__ int4* slot(uint8_t* shared, int which, int thread) {
     return reinterpret_cast<int4*>(shared + Config::kPipelineBytes) + 2 * (thread / 32) + which;
   }
-  static __device__ __forceinline__ void put(uint8_t* shared, int which, const Cursor& cursor) {
+  static __device__ __forceinline__ void put(uint8_t* shared, Which which, const Cursor& cursor) {
     const int thread = ptx::thread_again();
     __syncwarp();
     if (thread % 32 == 0) *slot(shared, which, thread) = cursor.place();
     __syncwarp();
   }
-  static __device__ __forceinline__ Cursor get(uint8_t* shared, int which, const Work& work,
+  static __device__ __forceinline__ Cursor get(uint8_t* shared, Which which, const Work& work,
                                                int row_blocks) {
     return {work, row_blocks, *slot(shared, which, ptx::thread_again())};
   }
@@ -47,6 +53,7 @@ class Mainloop {
   using LayoutA = Swizzle<Config::kBlockK, ConsecutiveRows>;
   using LayoutB = Swizzle<Config::kBlockK, PairsOfEights>;
   using Columns = SpreadColumns;
+  using Places = Parking<Config>;
   using Accumulators = float[Config::kMmaM][Config::kAccumulators];
 
   // A block without any unit must not get here.
@@ -69,19 +76,25 @@ class Mainloop {
     write_a_ = at_a + LayoutA::offset(row, piece);
     write_b_ = at_b + LayoutB::offset(row, piece);
     const Cursor loader(work, row_blocks);
-    Parking<Config>::put(shared, Parking<Config>::kLoader, loader);
+    Places::put(shared, Places::kLoader, loader);
     aim(loader);
-#pragma unroll
-    for (int s = 0; s < Config::kStages - 1; ++s) {
+    constexpr int kWhole = Config::kStages - 1 - (Config::kSplit ? 1 : 0);
+    for (int s = 0; s < kWhole; ++s) {
 #pragma unroll
       for (int part = 0; part < kSteps; ++part) load_part(part);
-      finish_load();
+      ptx::cp_async_commit();
+      next_load();
     }
-    acquire_slice();
+    if constexpr (Config::kSplit) {
+      load_parts(0, kSteps / 2);
+      if (threadIdx.x == 0) ptx::mbarrier_init(barrier(), Config::kWarps);
+    }
+    ptx::cp_async_wait<kWhole - 1>();
+    __syncthreads();
   }
 
-  // Waits for every copy of this thread that was started before the last kStages - 1 slices of the tile just multiplied;
-  // needed only for tiles so short in K that multiply() has not done it.
+  // Everybody's copies that were started before the tile just multiplied are complete; needed only for tiles so short in K
+  // that multiply() has not seen to it.
   __device__ __forceinline__ void settle() {
     if (slices_ >= Config::kStages) return;
     ptx::cp_async_wait<0>();
@@ -96,36 +109,44 @@ class Mainloop {
       for (int i = 0; i < Config::kAccumulators; ++i) acc[m][i] = 0.0f;
     }
     Fragments f;
-    read_b(f, 0, 0);
 #pragma unroll
-    for (int m = 0; m < Config::kMmaM; ++m) read_a(f, 0, m);
+    for (int p = 0; p < Config::kAheadB; ++p) read_b(f, read_stage_, p);
+#pragma unroll
+    for (int m = 0; m < Config::kMmaM; ++m) read_a(f, read_stage_, 0, m);
     for (int slice = 0; slice < slices_; ++slice) {
+      uint32_t stage = read_stage_;
 #pragma unroll
-      for (int k = 0; k < kSteps; ++k) {
-        const bool slice_ends = k + 1 == kSteps;
-        const int next = slice_ends ? 0 : k + 1;
-#pragma unroll
-        for (int n = 0; n < kPiecesN; ++n) {
-          const bool step_ends = n + 1 == kPiecesN;
-          if (n == 0) load_part(k);
-          if (slice_ends && step_ends) {
-            finish_load();
-            next_slice();
+      for (int p = 0; p < kPieces; ++p) {
+        const int k = p / kPiecesN, n = p % kPiecesN;
+        if (n == 0) copy_and_wait(k);
+        if (p == kPieces - Config::kAheadB) {
+          if constexpr (!Config::kSplit) {
+            ptx::cp_async_commit();
+            next_load();
+            ptx::cp_async_wait<Config::kStages - 2>();
+            __syncthreads();
           }
-          if (step_ends)
-            read_b(f, next, 0);
-          else
-            read_b(f, k, n + 1);
+          stage = read_stage_ = stage_after(read_stage_);
+        }
+        // Behind the slice's last step comes the next slice's first one.
+        read_b(f, stage, (p + Config::kAheadB) % kPieces);
+        const int next = (k + 1) % kSteps;
+        const bool early = p - n >= kPieces - Config::kAheadB || k + 1 < kSteps;
 #pragma unroll
-          for (int m = 0; m < Config::kMmaM; ++m) {
-            const bool ahead = m < Config::kAhead && !slice_ends;
-            if (ahead && n == max(0, kPiecesN - 1 - Config::kAhead + m)) read_a(f, next, m);
-            multiply_piece(acc[m] + 8 * n, f.a_of(k, m), f.b[n % 2]);
-            if (!ahead && step_ends) read_a(f, next, m);
-          }
+        for (int m = 0; m < Config::kMmaM; ++m) {
+          const bool ahead = m < Config::kAheadA && early;
+          if (ahead && n == max(0, kPiecesN - 1 - Config::kAheadA + m)) read_a(f, stage, next, m);
+          multiply_piece(acc[m] + 8 * n, f.a_of(k, m), f.b_of(p));
+          if (!ahead && n + 1 == kPiecesN) read_a(f, stage, next, m);
         }
       }
     }
+  }
+
+  // Before the memory is used for something else, or the block ends.
+  __device__ __forceinline__ void finish() {
+    ptx::cp_async_commit();
+    ptx::cp_async_wait<0>();
   }
 
  private:
@@ -138,8 +159,11 @@ class Mainloop {
   static constexpr int kRowStep = Config::kThreads / LayoutA::kPieces;
   static constexpr int kCopiesA = Config::kBlockM / kRowStep, kCopiesB = Config::kBlockN / kRowStep;
   static constexpr int kPiecesN = Config::kWarpN / 16;  // of a warp's B fragments of one step
+  static constexpr int kPieces = kSteps * kPiecesN;
   static_assert(kCopiesA % kSteps == 0 && kCopiesB % kSteps == 0);
-  static_assert(kPiecesN % 2 == 0, "the two B fragments must keep their order from step to step");
+  static_assert(!Config::kSplit || (kSteps >= 4 && Config::kStages >= 3));
+  static_assert(kPieces % (2 * Config::kAheadB) == 0,
+                "the buffers of the pieces must keep their order from slice to slice");
 
   // The piece column and first row that a thread copies.
   static __device__ __forceinline__ int copy_piece(int thread) { return thread % LayoutA::kPieces; }
@@ -183,20 +207,49 @@ class Mainloop {
     }
   }
 
-  // Closes the slice's group of copies and moves the loader on. After its last tile the loader goes on with zeros, which
-  // nobody reads: the count of groups stays in step.
-  __device__ __forceinline__ void finish_load() {
-    ptx::cp_async_commit();
+  __device__ __forceinline__ void load_parts(int first, int end) {
+#pragma unroll
+    for (int part = first; part < end; ++part) load_part(part);
+  }
+
+  // What a thread does at the start of a step besides products.
+  __device__ __forceinline__ void copy_and_wait(int k) {
+    if constexpr (!Config::kSplit) {
+      load_part(k);
+      return;
+    }
+    if (k == 0) {
+      load_parts(kSteps / 2, kSteps);
+      ptx::cp_async_commit();
+    }
+    if (k == kSteps - 2) {
+      ptx::cp_async_wait<Config::kStages - 3>();
+      __syncwarp();
+      if (threadIdx.x % 32 == 0) ptx::mbarrier_arrive(barrier());
+    }
+    if (k == kSteps - 1) {
+      ptx::mbarrier_wait(barrier(), phase_);
+      phase_ ^= 1;
+      next_load();
+      load_parts(0, kSteps / 2);
+    }
+  }
+  __device__ __forceinline__ uint32_t barrier() const {
+    return ptx::shared_address(shared_) + Config::kPipelineBytes + Config::kPlaceBytes;
+  }
+
+  // Moves the loader on. After its last tile it goes on with zeros, which nobody reads: the count of groups stays in step.
+  __device__ __forceinline__ void next_load() {
     load_stage_ = stage_after(load_stage_);
     from_a_ += Config::kBlockK / 8;
     from_b_ += Config::kBlockK / 8;
     k_left_ -= Config::kBlockK;
     if (++load_slice_ == slices_) load_slice_ = 0;
     if (load_slice_ == slices_main_ || load_slice_ == 0) {
-      Cursor loader = Parking<Config>::get(shared_, Parking<Config>::kLoader, work_, row_blocks_);
+      Cursor loader = Places::get(shared_, Places::kLoader, work_, row_blocks_);
       if (load_slice_ == 0) {
         loader.next_tile();
-        Parking<Config>::put(shared_, Parking<Config>::kLoader, loader);
+        Places::put(shared_, Places::kLoader, loader);
       }
       if (loader.done())
         k_left_ = kNothingLeft;
@@ -205,38 +258,32 @@ class Mainloop {
     }
   }
 
-  // Of one step: all of A, and two pieces of B: one that is multiplied, one on its way. The first kAhead of A are there
-  // twice, to be read before the step ends; registers for all of them are not there.
+  // A of one step, and pieces of B: those that are multiplied and those on their way. The first kAheadA of A are there
+  // twice, to be read before the step ends.
   struct Fragments {
     uint32_t a[2][Config::kMmaM][4];
-    uint32_t b[2][4];
+    uint32_t b[2 * Config::kAheadB][4];
     __device__ __forceinline__ uint32_t (&a_of(int k16, int m))[4] {
-      return a[m < Config::kAhead ? k16 % 2 : 0][m];
+      return a[m < Config::kAheadA ? k16 % 2 : 0][m];
+    }
+    __device__ __forceinline__ uint32_t (&b_of(int piece))[4] {
+      return b[piece % (2 * Config::kAheadB)];
     }
   };
 
-  __device__ __forceinline__ void read_a(Fragments& f, int k16, int m) {
-    const uint32_t from = (read_stage_ + read_a_) ^ (k16 << 5);
-    ptx::ldmatrix_x4(f.a_of(k16, m), from + m * 16 * LayoutA::kRowBytes);
+  __device__ __forceinline__ void read_a(Fragments& f, uint32_t stage, int k16, int m) {
+    ptx::ldmatrix_x4(f.a_of(k16, m),
+                     ((stage + read_a_) ^ (k16 << 5)) + m * 16 * LayoutA::kRowBytes);
   }
-  __device__ __forceinline__ void read_b(Fragments& f, int k16, int n) {
-    const uint32_t from = (read_stage_ + read_b_) ^ (k16 << 5);
-    ptx::ldmatrix_x4(f.b[n % 2], from + (n / 2 * 32 + n % 2 * 4) * LayoutB::kRowBytes);
+  __device__ __forceinline__ void read_b(Fragments& f, uint32_t stage, int piece) {
+    const int k16 = piece / kPiecesN, n = piece % kPiecesN;
+    ptx::ldmatrix_x4(f.b_of(piece), ((stage + read_b_) ^ (k16 << 5)) +
+                                        (n / 2 * 32 + n % 2 * 4) * LayoutB::kRowBytes);
   }
 
   static __device__ __forceinline__ uint32_t stage_after(uint32_t stage) {
     stage += Config::kStageBytes;
     return stage == Config::kPipelineBytes ? 0 : stage;
-  }
-
-  // The slice at read_stage_ is complete for every thread, and everybody has read the slice before it.
-  __device__ __forceinline__ void acquire_slice() {
-    ptx::cp_async_wait<Config::kStages - 2>();
-    __syncthreads();
-  }
-  __device__ __forceinline__ void next_slice() {
-    read_stage_ = stage_after(read_stage_);
-    acquire_slice();
   }
 
   // 16 rows x 16 columns.
@@ -253,6 +300,7 @@ class Mainloop {
   uint32_t load_stage_ = 0, read_stage_ = 0;      // bytes from the first stage
   int slices_main_, slices_;
   int load_slice_ = 0;  // of the loader's tile
+  uint32_t phase_ = 0;  // of the barrier
   const uint4*
       from_a_;  // where the loader's slice begins; this thread's rows from there, in pieces of 16 bytes:
   uint32_t a_[kCopiesA];
