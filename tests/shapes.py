@@ -31,7 +31,7 @@ PARITY: list[Shape] = [
     (1, 5, 4097, 31),
 ]
 
-# The GPU kernels: 128 rows, 256 columns, 64 in K; 4096 columns a split.
+# The GPU kernels: 128 rows, 192, 256 or 384 columns, 64 in K; 4608 columns a split at most.
 GPU_TILES: list[Shape] = [
     (1, 1, 129, 33),
     (1, 3, 7, 3),
@@ -40,6 +40,10 @@ GPU_TILES: list[Shape] = [
     (3, 43, 257, 200),
     (2, 130, 4095, 17),
     (1, 300, 4097, 128),
+    (1, 128, 383, 136),
+    (2, 65, 384, 64),
+    (1, 129, 385, 264),
+    (1, 257, 4609, 192),
 ]
 
 # The GPU kernels' offsets: N x V, and V x D, beyond 2^31.

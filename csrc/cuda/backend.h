@@ -10,7 +10,8 @@ namespace cce::cuda {
 
 struct Backend {
   const char* name;
-  int block_m, block_n;          // tile of the forward: the partials' layout follows from it
+  int block_m;       // rows of the forward's tile
+  int (*block_n)();  // its columns on the current device: the partials' layout follows from them
   bool wants_compact_rows;       // whether Head::e_compact makes it faster
   std::string (*unsupported)();  // why it cannot run on the current device, or empty
   cudaError_t (*forward)(const ForwardParams&, cudaStream_t);

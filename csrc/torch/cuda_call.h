@@ -123,10 +123,10 @@ struct Order {
 // Column tiles that share one partial: a divisor of a group's tiles, as large as an even load of the multiprocessors
 // allows. Blocks take units (row block x split) in turn, so the last round may be all but empty.
 inline int choose_tiles_per_split(int64_t n, int64_t v, const cuda::Backend& backend) {
-  const int whole = static_cast<int>(kGroupCols / backend.block_n);
+  const int whole = static_cast<int>(kGroupCols / backend.block_n());
   const int64_t row_blocks = ceil_div(n, backend.block_m);
   const int64_t blocks = cuda::current_device().multiprocessors;
-  const int64_t tiles = ceil_div(v, backend.block_n);
+  const int64_t tiles = ceil_div(v, backend.block_n());
   int best = whole;
   int64_t best_rounds = 0;  // in tiles
   for (int t = whole; t >= 1; --t) {
@@ -150,7 +150,7 @@ struct PartialBuffers {
 
   PartialBuffers(const Inputs& in, const cuda::Backend& backend, bool metrics, bool training)
       : n(in.n), tiles_per_split(choose_tiles_per_split(in.n, in.v, backend)) {
-    splits = ceil_div(in.v, int64_t{tiles_per_split} * backend.block_n);
+    splits = ceil_div(in.v, int64_t{tiles_per_split} * backend.block_n());
     max_sum = empty(in.e, {splits, n, 2}, ScalarType::Float);
     if (in.options.label_smoothing != 0.0) logit_sum = empty(in.e, {splits, n}, ScalarType::Float);
     if (training && in.options.softcap != 0.0) capped = empty(in.e, {splits, n}, ScalarType::Float);
@@ -222,7 +222,7 @@ inline void fill_partials(const Inputs& in, const cuda::Backend& backend, const 
     p.head.first_col = first;
     p.head.order = order.view();
     p.head.options = in.options;
-    p.partials = partials.from(first / (int64_t{partials.tiles_per_split} * backend.block_n));
+    p.partials = partials.from(first / (int64_t{partials.tiles_per_split} * backend.block_n()));
     p.candidates = candidates;
     p.n = in.n;
     p.tiles_per_split = partials.tiles_per_split;

@@ -47,7 +47,7 @@ Tensor row_gradients_cuda(std::optional<Tensor> dnll, std::optional<Tensor> dlse
 
 int64_t column_tile_cuda(Tensor like) {
   const torch::stable::accelerator::DeviceGuard guard(like.get_device_index());
-  return backend().block_n;
+  return backend().block_n();
 }
 
 // See the schema: one chunk of logit gradients. All matrices readable as they are.

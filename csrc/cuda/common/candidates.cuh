@@ -20,7 +20,7 @@ template <int kWarps, int kEntries, int kSectionCount>
 struct CandidateSink {
   static constexpr int kSections = kSectionCount;
   CandidateBuffers<kWarps, kEntries>& buffers;
-  int warp;
+  int warp, lane;
   const Candidates& to;
   int row_block;
 
@@ -29,7 +29,6 @@ struct CandidateSink {
   template <int kMost>
   __device__ __forceinline__ uint2* reserve(int mine) const {
     static_assert(32 * kMost <= kEntries);
-    const int lane = threadIdx.x % 32;
     int until = mine;  // of the lanes up to this one
 #pragma unroll
     for (int d = 1; d < 32; d *= 2) {
@@ -50,7 +49,6 @@ struct CandidateSink {
     __syncwarp();
     const int held = buffers.count[warp];
     if (held == 0) return;
-    const int lane = threadIdx.x % 32;
     int first = 0;
     if (lane == 0) first = atomicAdd(to.counts + row_block, held);
     first = __shfl_sync(~0u, first, 0);

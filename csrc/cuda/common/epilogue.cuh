@@ -33,7 +33,7 @@ struct PairedColumns {
 // The columns after the B tile's rows were read in another order: eight consecutive ones of every 32, so that a thread can
 // store 16 bytes at once.
 struct SpreadColumns {
-  static __device__ __forceinline__ int first() { return threadIdx.x % 4 * 8; }
+  static __device__ __forceinline__ int first(int thread) { return thread % 4 * 8; }
   static __device__ __forceinline__ int at(int j) { return j / 4 * 32 + j % 4 * 2; }
 };
 

@@ -32,6 +32,10 @@ struct Cursor {
   __device__ Cursor(const Work& w, int blocks) : work(w), row_blocks(blocks), unit(blockIdx.x) {
     enter();
   }
+  // Where another one was.
+  __device__ Cursor(const Work& w, int blocks, int4 place)
+      : work(w), row_blocks(blocks), unit(place.x), row_block(place.y), tile(place.z) {}
+  __device__ int4 place() const { return make_int4(unit, row_block, tile, 0); }
   __device__ bool done() const { return unit >= order().units(); }
   __device__ int split() const { return tile / work.tiles_per_split; }
   __device__ bool last_of_unit() const {

@@ -7,10 +7,12 @@
 
 namespace cce::cuda::sm80 {
 
-constexpr int kBlockM = 128, kBlockN = 256;
+constexpr int kBlockM = 128;
 
 // Why this backend cannot run on the current device, or empty.
 std::string unsupported();
+// Columns of a tile on the current device.
+int block_n();
 cudaError_t forward(const ForwardParams& params, cudaStream_t stream);
 cudaError_t backward(const BackwardParams& params, cudaStream_t stream);
 cudaError_t exact_rows(const ExactRowsParams& params, cudaStream_t stream);

@@ -3,8 +3,8 @@
 // gradients. The sparse backward learns the shape of its tail from the same kernel (kTail).
 //
 // Tile, stages, warps and barriers: sm80/mainloop.cuh. Shared memory: the pipeline, then two sets of the rows' gradient
-// records (128 x 32 bytes): while a unit works with one, the next unit's records are copied into the other, as part of
-// the mainloop's first group of copies. A barrier at the start of each unit says that the last unit's set is free.
+// records (128 x 32 bytes): while a tile's epilogue works with one, the next unit's records are copied into the other, as
+// part of the mainloop's next group of copies. That its last readers are done follows from the mainloop's barriers.
 // Ignored rows are not multiplied; their rows of G are cleared.
 #pragma once
 
@@ -16,7 +16,7 @@ namespace cce::cuda::sm80 {
 
 template <typename Config>
 constexpr int backward_shared_bytes() {
-  return Config::kPipelineBytes + 2 * Config::kBlockM * sizeof(RowGradient);
+  return Config::kSharedBytes + 2 * Config::kBlockM * sizeof(RowGradient);
 }
 
 // Writes this thread's columns of one row half: eight consecutive columns (SpreadColumns) in one store.
@@ -39,10 +39,10 @@ template <typename Config>
 __device__ __forceinline__ void copy_records(RowGradient* to, const RowGradient* from,
                                              int row_block, int n) {
   static_assert(Config::kThreads * 16 == Config::kBlockM * sizeof(RowGradient));
-  const int position = row_block * Config::kBlockM + threadIdx.x / 2;
-  const char* source =
-      reinterpret_cast<const char*>(from + min(position, n - 1)) + threadIdx.x % 2 * 16;
-  ptx::cp_async_16(ptx::shared_address(to) + threadIdx.x * 16, source, false);
+  const int thread = ptx::thread_again();
+  const int position = row_block * Config::kBlockM + thread / 2;
+  const char* source = reinterpret_cast<const char*>(from + min(position, n - 1)) + thread % 2 * 16;
+  ptx::cp_async_16(ptx::shared_address(to) + thread * 16, source, false);
 }
 
 // All of this block's tiles of `work`, of whose rows `count` count.
@@ -51,30 +51,31 @@ __device__ __forceinline__ void recompute_tiles(const Work& work, int count,
                                                 const LogitParams& logits,
                                                 const RowGradient* records, int first_col,
                                                 const DlogitsOut<T>& out, uint8_t* shared) {
-  auto* sets = reinterpret_cast<RowGradient*>(shared + Config::kPipelineBytes);
+  auto* sets = reinterpret_cast<RowGradient*>(shared + Config::kSharedBytes);
   const int row_blocks = (count + Config::kBlockM - 1) / Config::kBlockM;
-  Cursor at(work, row_blocks);
-  if (at.done()) return;
-  copy_records<Config>(sets, records, at.row_block, work.n);
+  using Places = Parking<Config>;
+  {
+    const Cursor start(work, row_blocks);
+    if (start.done()) return;
+    copy_records<Config>(sets, records, start.row_block, work.n);
+    Places::put(shared, Places::kEpilogue, start);
+  }
   Mainloop<T, Config> mainloop(work, shared, row_blocks);
 
   using Columns = typename Mainloop<T, Config>::Columns;
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  const int warp_row = warp % Config::kWarpsM * Config::kWarpM + lane / 4;
-  const int warp_col = warp / Config::kWarpsM * Config::kWarpN + Columns::first();
   const float scale = logits.logit_scale * kLog2E;
   int set = 0;
-  bool fresh = true;  // the first tile of a unit
   typename Mainloop<T, Config>::Accumulators acc;
-  while (!at.done()) {
-    if (fresh) {
-      __syncthreads();
-      copy_records<Config>(sets + (set ^ 1) * Config::kBlockM, records, at.next_row_block(),
-                           work.n);
-    }
+  while (true) {
     mainloop.multiply(acc);
     mainloop.settle();
-    const int first = at.tile * Config::kBlockN + warp_col;
+    Cursor at = Places::get(shared, Places::kEpilogue, work, row_blocks);
+    // Every warp has left the last tile's epilogue, in which the other set may have been used.
+    copy_records<Config>(sets + (set ^ 1) * Config::kBlockM, records, at.next_row_block(), work.n);
+    const int thread = ptx::thread_again(), warp = thread / 32;
+    const int warp_row = warp % Config::kWarpsM * Config::kWarpM + thread % 32 / 4;
+    const int first = at.tile * Config::kBlockN + warp / Config::kWarpsM * Config::kWarpN +
+                      Columns::first(thread);
 #pragma unroll
     for (int m = 0; m < Config::kMmaM; ++m) {
       if constexpr (kEpilogue != Epilogue::kPlain)
@@ -91,10 +92,11 @@ __device__ __forceinline__ void recompute_tiles(const Work& work, int count,
                        out.ld);
       }
     }
-    fresh = at.next_tile();
-    if (fresh) set ^= 1;
+    if (at.next_tile()) set ^= 1;
+    if (at.done()) break;
+    Places::put(shared, Places::kEpilogue, at);
   }
-  ptx::cp_async_wait<0>();
+  mainloop.finish();
 }
 
 template <typename T, typename Config, Epilogue kEpilogue>

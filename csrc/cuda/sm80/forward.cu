@@ -45,6 +45,10 @@ cudaError_t forward(const ForwardParams& params, cudaStream_t stream) {
                                                : choose<__half>(params, stream);
 }
 
+int block_n() { return fits<Huge>() ? Huge::kBlockN : Large::kBlockN; }
+static_assert(Small::kBlockN == Large::kBlockN);
+static_assert(kGroupCols % Huge::kBlockN == 0 && kGroupCols % Large::kBlockN == 0);
+
 std::string unsupported() {
   const int capability = current_device().capability;
   if (capability >= 80) return "";

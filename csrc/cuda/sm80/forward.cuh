@@ -1,8 +1,8 @@
 // The sm_80 forward: long-K product fused with the streaming logsumexp.
 //
-// Tile 128 x 256 x kBlockK, kStages slices in shared memory (sm80/mainloop.cuh has the pipeline and its barriers), eight
+// Tile 128 x kBlockN x kBlockK, kStages slices in shared memory (sm80/mainloop.cuh has the pipeline and its barriers), eight
 // warps that all load, multiply and run the epilogue; persistent, one block a multiprocessor, no atomics.
-// Epilogue: each warp folds its 64 x 64 part into row states in shared memory that it alone owns (4 column groups x 128
+// Epilogue: each warp folds its 64 x kWarpN part into row states in shared memory that it alone owns (4 column groups x 128
 // rows); at the end of a unit (one row block x one split) the block merges the four groups in fixed order and writes one
 // partial per row. Shared memory: the pipeline, then RowStates, in training also 6 KB of candidates. In training, entries
 // that the sparse gradient may keep go to the row block's pool in device memory, by way of the warp's candidates in
@@ -24,7 +24,7 @@ using Buffers = CandidateBuffers<Config::kWarps, kBufferedCandidates>;
 
 template <typename Config>
 constexpr int forward_shared_bytes(bool training) {
-  return Config::kPipelineBytes + sizeof(States<Config>) + (training ? sizeof(Buffers<Config>) : 0);
+  return Config::kSharedBytes + sizeof(States<Config>) + (training ? sizeof(Buffers<Config>) : 0);
 }
 
 // kTraining: look for candidates.
@@ -34,28 +34,33 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
                      const Partials out, const Candidates candidates, int64_t ld, int first_col) {
   static_assert(Config::kBlockM == kRowBlock);
   extern __shared__ __align__(128) uint8_t shared[];
-  auto& states = *reinterpret_cast<States<Config>*>(shared + Config::kPipelineBytes);
+  auto& states = *reinterpret_cast<States<Config>*>(shared + Config::kSharedBytes);
   auto& buffers = *reinterpret_cast<Buffers<Config>*>(&states + 1);  // training alone
   if (kTraining && threadIdx.x < Config::kWarps) buffers.count[threadIdx.x] = 0;
   const int count = __ldg(work.row_count);
   const int row_blocks = (count + Config::kBlockM - 1) / Config::kBlockM;
-  Cursor at(work, row_blocks);
-  if (at.done()) return;
+  using Places = Parking<Config>;
+  {
+    const Cursor start(work, row_blocks);
+    if (start.done()) return;
+    Places::put(shared, Places::kEpilogue, start);
+  }
   Mainloop<T, Config> mainloop(work, shared, row_blocks);
   if (threadIdx.x < Config::kBlockM) reset_row(states, threadIdx.x);
 
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  const int group = warp / Config::kWarpsM;
-  const int warp_row = warp % Config::kWarpsM * Config::kWarpM + lane / 4;
   const float scale = kMode != Mode::kPlain ? kLog2E : logits.logit_scale * kLog2E;
   using Columns = typename Mainloop<T, Config>::Columns;
   typename Mainloop<T, Config>::Accumulators acc;
-  while (!at.done()) {
+  while (true) {
     mainloop.multiply(acc);
-    const int first = at.tile * Config::kBlockN + group * Config::kWarpN + Columns::first();
+    const int thread = ptx::thread_again(), warp = thread / 32;
+    const int group = warp / Config::kWarpsM;
+    const int warp_row = warp % Config::kWarpsM * Config::kWarpM + thread % 32 / 4;
+    Cursor at = Places::get(shared, Places::kEpilogue, work, row_blocks);
+    const int first = at.tile * Config::kBlockN + group * Config::kWarpN + Columns::first(thread);
     const bool ragged = (at.tile + 1) * Config::kBlockN > logits.cols;
-    const CandidateSink<Config::kWarps, kBufferedCandidates, 8> sink{buffers, warp, candidates,
-                                                                     at.row_block};
+    const CandidateSink<Config::kWarps, kBufferedCandidates, Config::kAccumulators / 4> sink{
+        buffers, warp, thread % 32, candidates, at.row_block};
 #pragma unroll
     for (int m = 0; m < Config::kMmaM; ++m) {
       if constexpr (kMode != Mode::kPlain) {
@@ -75,19 +80,22 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
     }
     const int row_block = at.row_block;
     const int64_t split = at.split();
-    if (at.next_tile()) {
+    const bool ends = at.next_tile();
+    Places::put(shared, Places::kEpilogue, at);
+    if (ends) {
       if constexpr (kTraining) sink.flush();
       __syncthreads();
-      if (threadIdx.x < Config::kBlockM) {
-        const int position = row_block * Config::kBlockM + threadIdx.x;
-        write_partial<kMode>(states, threadIdx.x, out, split * ld + position, first_col,
+      if (thread < Config::kBlockM) {
+        const int position = row_block * Config::kBlockM + thread;
+        write_partial<kMode>(states, thread, out, split * ld + position, first_col,
                              position < count);
-        reset_row(states, threadIdx.x);
+        reset_row(states, thread);
       }
       // The next tile's mainloop has a barrier before anybody folds into the cleared rows.
     }
+    if (at.done()) break;
   }
-  ptx::cp_async_wait<0>();
+  mainloop.finish();
 }
 
 }  // namespace cce::cuda::sm80

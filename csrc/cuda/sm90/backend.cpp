@@ -6,7 +6,9 @@
 
 namespace cce::cuda::sm90 {
 
-static_assert(kBlockM == Config::kBlockM && kBlockN == Config::kBlockN);
+static_assert(kBlockM == Config::kBlockM);
+
+int block_n() { return Config::kBlockN; }
 
 std::string unsupported() {
   const int capability = current_device().capability;

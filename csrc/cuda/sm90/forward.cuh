@@ -49,7 +49,8 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
     const int first = at.tile * Config::kBlockN + PairedColumns::first();
     const bool ragged = (at.tile + 1) * Config::kBlockN > logits.cols;
     const CandidateSink<4, kBufferedCandidates, 2> sink{
-        buffers, static_cast<int>(threadIdx.x) % 128 / 32, candidates, at.row_block};
+        buffers, static_cast<int>(threadIdx.x) % 128 / 32, static_cast<int>(threadIdx.x) % 32,
+        candidates, at.row_block};
 #pragma unroll 1
     for (int m = 0; m < Config::kMmaM; ++m) {
       if constexpr (kMode != Mode::kPlain) {
