@@ -16,7 +16,7 @@ from torch import Tensor
 _TILE_ROWS = 128
 # Bytes of workspace, fp32 sums included; CCE_BACKWARD_WORKSPACE_MB (in MB of 10⁶ bytes) overrides
 # it.
-DEFAULT_WORKSPACE_MB = 280
+DEFAULT_WORKSPACE_MB = 284
 # A chunk never gets less than this, however large the sums are.
 _MIN_CHUNK_BYTES = 100_000_000
 
@@ -109,7 +109,7 @@ def exact_backward(
     """The CUDA kernel of ``cce::linear_ce_backward``; arguments and results as its schema says.
 
     Shapes: e (N, D), c (V, D), u (N, R), lora_b (V, R), bias (V,), the others (N,). Workspace: fp32
-    dE (N, D) and dU (N, R), and one chunk of (N, columns) 16-bit numbers, together 280 MB unless
+    dE (N, D) and dU (N, R), and one chunk of (N, columns) 16-bit numbers, together 284 MB unless
     ``CCE_BACKWARD_WORKSPACE_MB`` says otherwise (or the sums alone are larger).
     """
     n, v = e.shape[0], c.shape[0]

@@ -4,9 +4,8 @@
 namespace cce::cuda::sm80 {
 
 // 128 x kBlockN tiles, eight warps of 64 x kWarpN in a 2 x 4 grid, one block a multiprocessor. AheadA, AheadB: fragments of
-// a step of 16 in K that are read before they are needed, m16 tiles of A and n16 pieces of B, as registers allow. Split:
-// warps arrive at the slices' barrier a step before they wait for it; takes slices of 64 and half a slice of latency.
-template <int BlockN, int BlockK, int Stages, int AheadA, int AheadB, bool Split = false>
+// a step of 16 in K that are read before they are needed, m16 tiles of A and n16 pieces of B, as registers allow.
+template <int BlockN, int BlockK, int Stages, int AheadA, int AheadB>
 struct Config {
   static constexpr int kBlockM = 128, kBlockN = BlockN, kBlockK = BlockK, kStages = Stages;
   static constexpr int kWarpsM = 2, kWarpsN = 4, kWarps = kWarpsM * kWarpsN, kThreads = 32 * kWarps;
@@ -20,12 +19,10 @@ struct Config {
 #else
   static constexpr int kAheadB = AheadB;
 #endif
-  static constexpr bool kSplit = Split;
   static constexpr int kBytesA = kBlockM * kBlockK * 2, kBytesB = kBlockN * kBlockK * 2;
   static constexpr int kStageBytes = kBytesA + kBytesB;
   static constexpr int kPipelineBytes = kStages * kStageBytes;
-  static constexpr int kPlaceBytes = 2 * kWarps * 16;                     // cursors
-  static constexpr int kSharedBytes = kPipelineBytes + kPlaceBytes + 16;  // and a barrier
+  static constexpr int kSharedBytes = kPipelineBytes + 2 * kWarps * 16;  // and cursors
 };
 
 // H100 and newer data-centre chips (227 KB of shared memory): 192 KB in three stages.

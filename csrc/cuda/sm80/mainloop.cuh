@@ -2,7 +2,7 @@
 // slices from (U, B), without joining them in memory.
 //
 // Shared memory: kStages slices, each an A tile (128, kBlockK) and a B tile (kBlockN, kBlockK), swizzled (common/swizzle);
-// then cursors and a barrier.
+// then cursors.
 // Warps: all eight load and multiply; warp (m, n) of the 2 x 4 grid owns 64 rows x kWarpN columns. A step of 16 in K is
 // multiplied in pieces of 16 columns, so that few fragments of B are in registers.
 // Barrier protocol: slices are numbered in one stream over all tiles and units of a block. Near the end of slice s, when
@@ -10,8 +10,6 @@
 // makes everybody's copies visible and says that everybody has read slice s, whose buffer the copies of slice s + kStages
 // then overwrite, a part at each step of 16 in K so that they do not hold up the products. The stream does not stop at a
 // tile's end: while the epilogue runs, the next tile's first slices are on their way, the first of them complete.
-// kSplit: a warp that has its copies of slice s + 1 and has read slice s - 1 arrives at an mbarrier a step before slice s
-// ends, and waits for the others only at its last step, before it reads slice s + 1 and copies into slice s - 1.
 #pragma once
 
 #include <cstdint>
@@ -21,7 +19,6 @@
 #include "cuda/common/work.cuh"
 #include "cuda/ptx/cp_async.cuh"
 #include "cuda/ptx/ldmatrix.cuh"
-#include "cuda/ptx/mbarrier.cuh"
 #include "cuda/ptx/mma.cuh"
 #include "cuda/ptx/special.cuh"
 
@@ -78,18 +75,13 @@ class Mainloop {
     const Cursor loader(work, row_blocks);
     Places::put(shared, Places::kLoader, loader);
     aim(loader);
-    constexpr int kWhole = Config::kStages - 1 - (Config::kSplit ? 1 : 0);
-    for (int s = 0; s < kWhole; ++s) {
+    for (int s = 0; s < Config::kStages - 1; ++s) {
 #pragma unroll
       for (int part = 0; part < kSteps; ++part) load_part(part);
       ptx::cp_async_commit();
       next_load();
     }
-    if constexpr (Config::kSplit) {
-      load_parts(0, kSteps / 2);
-      if (threadIdx.x == 0) ptx::mbarrier_init(barrier(), Config::kWarps);
-    }
-    ptx::cp_async_wait<kWhole - 1>();
+    ptx::cp_async_wait<Config::kStages - 2>();
     __syncthreads();
   }
 
@@ -118,14 +110,12 @@ class Mainloop {
 #pragma unroll
       for (int p = 0; p < kPieces; ++p) {
         const int k = p / kPiecesN, n = p % kPiecesN;
-        if (n == 0) copy_and_wait(k);
+        if (n == 0) load_part(k);
         if (p == kPieces - Config::kAheadB) {
-          if constexpr (!Config::kSplit) {
-            ptx::cp_async_commit();
-            next_load();
-            ptx::cp_async_wait<Config::kStages - 2>();
-            __syncthreads();
-          }
+          ptx::cp_async_commit();
+          next_load();
+          ptx::cp_async_wait<Config::kStages - 2>();
+          __syncthreads();
           stage = read_stage_ = stage_after(read_stage_);
         }
         // Behind the slice's last step comes the next slice's first one.
@@ -161,7 +151,6 @@ class Mainloop {
   static constexpr int kPiecesN = Config::kWarpN / 16;  // of a warp's B fragments of one step
   static constexpr int kPieces = kSteps * kPiecesN;
   static_assert(kCopiesA % kSteps == 0 && kCopiesB % kSteps == 0);
-  static_assert(!Config::kSplit || (kSteps >= 4 && Config::kStages >= 3));
   static_assert(kPieces % (2 * Config::kAheadB) == 0,
                 "the buffers of the pieces must keep their order from slice to slice");
 
@@ -205,37 +194,6 @@ class Mainloop {
       ptx::cp_async_16(load_stage_ + write_b_ + i * kRowStep * LayoutB::kRowBytes,
                        ptx::advance(from_b_, b_step_, i), i * kRowStep >= left);
     }
-  }
-
-  __device__ __forceinline__ void load_parts(int first, int end) {
-#pragma unroll
-    for (int part = first; part < end; ++part) load_part(part);
-  }
-
-  // What a thread does at the start of a step besides products.
-  __device__ __forceinline__ void copy_and_wait(int k) {
-    if constexpr (!Config::kSplit) {
-      load_part(k);
-      return;
-    }
-    if (k == 0) {
-      load_parts(kSteps / 2, kSteps);
-      ptx::cp_async_commit();
-    }
-    if (k == kSteps - 2) {
-      ptx::cp_async_wait<Config::kStages - 3>();
-      __syncwarp();
-      if (threadIdx.x % 32 == 0) ptx::mbarrier_arrive(barrier());
-    }
-    if (k == kSteps - 1) {
-      ptx::mbarrier_wait(barrier(), phase_);
-      phase_ ^= 1;
-      next_load();
-      load_parts(0, kSteps / 2);
-    }
-  }
-  __device__ __forceinline__ uint32_t barrier() const {
-    return ptx::shared_address(shared_) + Config::kPipelineBytes + Config::kPlaceBytes;
   }
 
   // Moves the loader on. After its last tile it goes on with zeros, which nobody reads: the count of groups stays in step.
@@ -300,7 +258,6 @@ class Mainloop {
   uint32_t load_stage_ = 0, read_stage_ = 0;      // bytes from the first stage
   int slices_main_, slices_;
   int load_slice_ = 0;  // of the loader's tile
-  uint32_t phase_ = 0;  // of the barrier
   const uint4*
       from_a_;  // where the loader's slice begins; this thread's rows from there, in pieces of 16 bytes:
   uint32_t a_[kCopiesA];
