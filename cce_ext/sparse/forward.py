@@ -57,8 +57,8 @@ def _growth(eps: float) -> float:
 
 
 def candidate_capacity(n: int, v: int, eps: float) -> int:
-    """Candidates that a block of 128 rows can hold: 1024 a row at 2⁻¹³ (trained heads have 250 to
-    450, in their worst blocks 920), more where there are few rows."""
+    """Candidates that a block of 128 rows can hold: 1024 a row at 2⁻¹³ (trained heads have 200 to
+    350, in their worst blocks 720), more where there are few rows."""
     a_row = max(2**23 // max(n, 1), math.ceil(1024 * _growth(eps)))
     return min(v, a_row) * min(n, ROW_BLOCK)
 
