@@ -14,7 +14,8 @@ function(cce_add_kernels family archs)
   add_library(cce_${family} OBJECT ${sources})
   set_target_properties(cce_${family} PROPERTIES CUDA_ARCHITECTURES "${archs}")
   target_link_libraries(cce_${family} PRIVATE cce_options)
-  target_compile_options(cce_${family} PRIVATE --expt-relaxed-constexpr
+  # Two architectures of a file at a time: the largest one would otherwise end long after all others.
+  target_compile_options(cce_${family} PRIVATE --threads=2 --expt-relaxed-constexpr
                          -Xptxas=--warn-on-spills -Xcompiler=-Wall)
   target_link_libraries(cce_ops PRIVATE cce_${family})
   string(TOUPPER ${family} upper)

@@ -12,7 +12,7 @@ from cce_ext.options import LossOptions
 from cce_ext.sparse import tail
 from cce_ext.sparse.op import refusal
 from cce_ext.sparse.products import column_gradient, row_gradient
-from cce_ext.sparse.reference import SparseGradients
+from cce_ext.sparse.reference import SparseGradients, sample_bound, sampled_columns
 from tests.sparse_problem import (
     CASES,
     EPS,
@@ -134,6 +134,29 @@ def test_overflow_costs_no_accuracy() -> None:
     assert problem.errors(tight)["e"] <= problem.errors(free)["e"]
     assert problem.errors(tight)["c"] <= 3.5e-3
     assert problem.sparse(capacity=64).exact_rows.all()
+
+
+@pytest.mark.parametrize("vocab", [700, 5000, 40000])
+@pytest.mark.parametrize("spread", [0.0, 1.0, 3.0, 6.0])
+def test_the_bound_is_below_the_logsumexp_and_close(vocab: int, spread: float) -> None:
+    g = torch.Generator().manual_seed(vocab)
+    z = torch.randn(200, vocab, generator=g, dtype=torch.float64) * spread
+    strided, frequent = sampled_columns(vocab), torch.randperm(vocab, generator=g)[:300]
+    off = torch.logsumexp(z, 1) - sample_bound(z, strided, frequent)
+    assert off.min() >= -1e-9
+    # Of an even spread the estimate can be trusted, and the bound is close; a quarter would be 1.4 below.
+    assert off.mean() <= {0.0: 0.25, 1.0: 0.5}.get(spread, torch.inf)
+
+
+def test_the_bound_counts_no_id_twice() -> None:
+    z = torch.randn(5, 300, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    every = torch.arange(300)
+    bound = sample_bound(z, sampled_columns(300), every)
+    torch.testing.assert_close(bound, torch.logsumexp(z, 1), rtol=0, atol=1e-12)
+    # No frequent ids, and rows without any mass but one id's.
+    z[:, 1:] = -torch.inf
+    alone = sample_bound(z, sampled_columns(300), every[:0])
+    torch.testing.assert_close(alone, z[:, 0], rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("kind", ["random", "zero", "small", "softcap"])
