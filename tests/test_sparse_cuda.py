@@ -58,6 +58,22 @@ def test_hidden_sizes_that_are_no_multiple_of_a_tile() -> None:
         compare(Problem(300, 17000, d, seed=d), 6e-3)
 
 
+def test_rows_with_thousands_of_kept_entries() -> None:
+    """More than the row sort's shared memory takes: 3000 ids share each row's mass."""
+    problem = Problem(4, 20000, 64)
+    g = torch.Generator("cuda").manual_seed(0)
+    common = torch.full((64,), 0.125, device="cuda")
+    c = torch.randn(20000, 64, device="cuda", generator=g) * 0.03
+    c += torch.where(torch.arange(20000, device="cuda")[:, None] % 20 < 3, common, -common)
+    e = 8 * common + torch.randn(4, 64, device="cuda", generator=g) * 0.3
+    problem.leaves = {"e": e.to(BF16).requires_grad_(), "c": c.to(BF16).requires_grad_()}
+    problem.targets = torch.tensor([0, 1, 19999, 7], device="cuda")
+    compare(problem)
+    facts = diagnostics()
+    assert facts["kept"] > 4 * 2048
+    assert facts["exact_rows"] == 0
+
+
 def test_overflowing_lists_go_the_exact_way(monkeypatch: pytest.MonkeyPatch) -> None:
     """Too few places for candidates, or for what is kept: those row blocks are exact, the others
     sparse as before."""
