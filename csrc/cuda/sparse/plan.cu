@@ -16,17 +16,18 @@ namespace {
 
 constexpr int kBlock = 1024, kThreads = 256;
 
-// Whether `value` is among the ascending values[0, count).
-__device__ bool among(const uint32_t* values, int count, uint32_t value) {
-  int low = 0, high = count;
+// The first of `count` ascending values that is not below `bound`.
+template <typename T>
+__device__ int64_t first_not_below(const T* values, int64_t count, T bound) {
+  int64_t low = 0, high = count;
   while (low < high) {
-    const int middle = (low + high) / 2;
-    if (values[middle] < value)
+    const int64_t middle = (low + high) / 2;
+    if (values[middle] < bound)
       low = middle + 1;
     else
       high = middle;
   }
-  return low < count && values[low] == value;
+  return low;
 }
 
 // Sampled columns: equal steps through the vocabulary, then the distinct ids among targets at equal steps through the rows.
@@ -48,9 +49,10 @@ __global__ void __launch_bounds__(kBlock)
   sorted[i] = id[0];
   __syncthreads();
   for (int c = i; c < p.strided; c += kBlock) {
-    const int64_t strided = static_cast<int64_t>(c) * p.vocab / p.strided;
+    const auto strided = static_cast<uint32_t>(static_cast<int64_t>(c) * p.vocab / p.strided);
+    const int64_t place = first_not_below(sorted, kBlock, strided);
     p.ids[c] = strided;
-    p.counts[c] = !among(sorted, kBlock, static_cast<uint32_t>(strided));
+    p.counts[c] = place == kBlock || sorted[place] != strided;
   }
   if (i >= p.sampled) return;
   const bool fresh = id[0] != none && (i == 0 || sorted[i - 1] != id[0]);
@@ -240,15 +242,8 @@ __global__ void column_starts_kernel(const int32_t* sorted_ids, int64_t capacity
                                      int32_t* column_first) {
   const int64_t id = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
   if (id > vocab) return;
-  int64_t low = 0, high = capacity;
-  while (low < high) {
-    const int64_t middle = (low + high) / 2;
-    if (sorted_ids[middle] < id)
-      low = middle + 1;
-    else
-      high = middle;
-  }
-  column_first[id] = static_cast<int32_t>(low);
+  const int64_t place = first_not_below(sorted_ids, capacity, static_cast<int32_t>(id));
+  column_first[id] = static_cast<int32_t>(place);
 }
 
 int blocks_for(int64_t threads) { return static_cast<int>((threads + kThreads - 1) / kThreads); }
