@@ -29,8 +29,8 @@ def test_quick_benchmark(tmp_path: Path) -> None:
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    # Under a minute on two cores, which is two minutes of processor time: other tests may run beside this one, and cores
-    # that share a pipeline count more of it then.
+    # Under a minute on two cores, which is two minutes of processor time: other tests may run
+    # beside this one, and cores that share a pipeline count more of it then.
     assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 120
     facts = json.loads(out.read_text())
     rows = {(row["method"], row["kind"]): row for row in facts["speed"]}
