@@ -55,9 +55,8 @@ STABLE_TORCH_LIBRARY(cce, m) {
       "select_kept(Tensor pool, Tensor counts, Tensor row_order, Tensor row_count, "
       "Tensor target_logit, Tensor bound2, Tensor lse, Tensor targets, float eps, "
       "int ignore_index, int shard_size, int vocab_start, int vocab_total, int capacity, int hot) "
-      "-> (Tensor keys, Tensor logits, Tensor exact, Tensor row_first, Tensor hot_ids, Tensor "
-      "slots, "
-      "Tensor tally)");
+      "-> (Tensor keys, Tensor logits, Tensor exact, Tensor row_first, Tensor hot_ids, "
+      "Tensor slots, Tensor tally)");
   m.def(
       "sort_kept(Tensor(a!) keys, Tensor(b!) logits, Tensor exact, Tensor row_first, "
       "Tensor max_sum, Tensor capped, Tensor row_order, Tensor row_count, Tensor lse, "

@@ -29,18 +29,17 @@ __device__ __forceinline__ void load_logits(const BoundParams& p, const float* p
                                             int end, float (&x)[kPerLane]) {
   const float scale = static_cast<float>(p.options.logit_scale),
               cap = static_cast<float>(p.options.softcap), inv_cap = 1.0f / cap;
+  const auto column = [&](int i) { return first + 32 * i + static_cast<int>(threadIdx.x % 32); };
+  const auto there = [&](int i) { return min(column(i), end - 1); };
   bool counts[kPerLane];
 #pragma unroll
   for (int i = 0; i < kPerLane; ++i) {
-    const int column = first + 32 * i + static_cast<int>(threadIdx.x % 32);
-    const int there = min(column, end - 1);
-    x[i] = products[there];
-    counts[i] = column < end & p.counts[there] != 0;
+    x[i] = products[there(i)];
+    counts[i] = column(i) < end & p.counts[there(i)] != 0;
   }
   if (p.bias) {
 #pragma unroll
-    for (int i = 0; i < kPerLane; ++i)
-      x[i] += p.bias[min(first + 32 * i + static_cast<int>(threadIdx.x % 32), end - 1)];
+    for (int i = 0; i < kPerLane; ++i) x[i] += p.bias[there(i)];
   }
   if (cap != 0.0f) {
 #pragma unroll
