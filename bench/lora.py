@@ -21,7 +21,7 @@ from tqdm import tqdm
 from bench.methods import METHODS
 from bench.problems import Config, make_problem, named
 from bench.results import commit_text, commits
-from bench.timing import MB, Timer, cuda_memory, make_call, matmul_call, summarise
+from bench.timing import MB, Effort, Timer, cuda_memory, make_call, matmul_call, summarise
 from cce_ext import diagnostics
 
 FACTS = ("kept", "dropped_share", "exact_rows")
@@ -30,14 +30,14 @@ FACTS = ("kept", "dropped_share", "exact_rows")
 def measure_head(config: Config, device: str, repeats: int) -> list[dict[str, Any]]:
     """Rows of part one for one kind of data."""
     problem = make_problem(config, device)
-    timer = Timer(torch.device(device))
-    matmul = summarise(timer(matmul_call(problem.e, problem.c), repeats, 2)).median
+    timer, effort = Timer(torch.device(device)), Effort(1, repeats, 0.5)
+    matmul = summarise(timer(matmul_call(problem.e, problem.c), effort)).median
     rows: list[dict[str, Any]] = [
         {"data": config.data, "method": "matmul", "ms": matmul, "ratio": 1.0}
     ]
     for name in ("cce", "cce_exact", "eager"):
         call = make_call("loss-fw-bw", METHODS[name], problem)
-        ms = summarise(timer(call, repeats, 2)).median
+        ms = summarise(timer(call, effort)).median
         row = {"data": config.data, "method": name, "ms": ms, "ratio": ms / matmul}
         if device != "cpu":
             row["extra_mb"] = cuda_memory(call).allocated - problem.gradient_bytes() / MB

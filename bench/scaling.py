@@ -18,7 +18,7 @@ from bench.methods import METHODS, installed
 from bench.problems import DATA, DTYPES, Config
 from bench.results import Results, headline
 from bench.speed import Work, run
-from bench.timing import Call, Timer, summarise
+from bench.timing import Call, Effort, Timer, summarise
 
 KINDS = ("loss-fw", "loss-fw-bw")
 
@@ -69,7 +69,7 @@ def measure_roof(timer: Timer, dtype: torch.dtype, size: int) -> list[dict[str, 
         ("matmul", matmul, "tflops", 2 * size**3 / 1e12),
         ("copy", copy, "gb_per_s", 2 * source.numel() * source.element_size() / 1e9),
     ):
-        found = summarise(timer(call, 8, 2))
+        found = summarise(timer(call, Effort(1, 8, 0.35)))
         rows.append(
             {"name": name, "size": size, unit: work / (found.median / 1e3), "spread": found.spread}
         )

@@ -24,7 +24,7 @@ from tqdm import tqdm
 from bench.llm_data import describe, llm_like
 from bench.problems import SHAPES
 from bench.stored_head import HELP, find_head
-from bench.timing import Call, Timer, graph_of, matmul_call, summarise
+from bench.timing import Call, Effort, Timer, graph_of, matmul_call, summarise
 from bench.trained_head import load_head
 from cce_ext import diagnostics, linear_cross_entropy
 
@@ -170,7 +170,7 @@ def step_times(
     c: Tensor,
     targets: Tensor,
     step: Callable[[], object],
-    repeats: int,
+    effort: Effort,
 ) -> dict[str, list[float]]:
     """Times in ms of a step and its parts."""
     loss = linear_cross_entropy(e, c, targets)
@@ -185,7 +185,7 @@ def step_times(
         "backward": lambda: torch.autograd.grad(loss, (e, c), retain_graph=True),
         "forward + backward": step,
     }
-    return {name: timer(as_call(run), repeats, 2) for name, run in tqdm(work.items(), desc="speed")}
+    return {name: timer(as_call(run), effort) for name, run in tqdm(work.items(), desc="speed")}
 
 
 def speed(n: int, repeats: int) -> dict[str, Any]:
@@ -193,8 +193,8 @@ def speed(n: int, repeats: int) -> dict[str, Any]:
     v, d = SHAPES["gemma2"]
     e, c, targets = llm_like(n, v, d, BF16, "cuda")
     data = describe(e, c, targets)
-    timer = Timer(e.device)
-    matmul = summarise(timer(matmul_call(e, c), repeats, 2))
+    timer, effort = Timer(e.device), Effort(1, repeats, 0.5)
+    matmul = summarise(timer(matmul_call(e, c), effort))
     e, c = e.requires_grad_(), c.requires_grad_()
     size = (e.numel() + c.numel()) * e.element_size()
 
@@ -207,10 +207,10 @@ def speed(n: int, repeats: int) -> dict[str, Any]:
     facts = diagnostics()
     same = all(torch.equal(x, y) for x, y in zip(first, second, strict=True))
     del second
-    times = step_times(timer, e, c, targets, step, repeats)
+    times = step_times(timer, e, c, targets, step, effort)
     torch.cuda.empty_cache()
     graph, results = graph_of(step)
-    times["forward + backward, CUDA graph"] = timer(as_call(graph.replay), repeats, 2)
+    times["forward + backward, CUDA graph"] = timer(as_call(graph.replay), effort)
     graph.replay()
     torch.cuda.synchronize()
     replayed = all(torch.equal(x, y) for x, y in zip(first, results, strict=True))

@@ -14,25 +14,25 @@ from bench.cpu_memory import cpu_memory
 from bench.methods import METHODS, OWN
 from bench.problems import Config, Problem, make_problem
 from bench.results import Results, error_text, path_taken
-from bench.timing import MB, Call, Timer, clocks, cuda_memory, make_call, matmul_call, summarise
+from bench.timing import (
+    MB,
+    Call,
+    Effort,
+    Timer,
+    clocks,
+    cuda_memory,
+    make_call,
+    matmul_call,
+    summarise,
+)
 
 MATMUL = "matmul"
 Row = dict[str, Any]
 
 
-class Effort(NamedTuple):
-    """How often a call is timed: in ``rounds`` rounds, in which the methods take turns, ``calls`` at
-    a stretch after ``warmup`` that do not count (and one more in the first round)."""
-
-    rounds: int
-    calls: int
-    warmup: int
-
-
-# Short stretches let a GPU reach the clocks of sustained work; taking turns keeps the ratios honest
-# while the machine's speed drifts.
-_EFFORT = {"cuda": Effort(3, 4, 1), "cpu": Effort(5, 1, 0)}
-_QUICK = {"cuda": Effort(2, 2, 1), "cpu": Effort(2, 1, 0)}
+# Rounds keep the ratios honest while the machine's speed drifts.
+_EFFORT = {"cuda": Effort(2, 6, 0.35), "cpu": Effort(3, 2, 0.0)}
+_QUICK = {"cuda": Effort(1, 3, 0.2), "cpu": Effort(1, 2, 0.0)}
 # From this many products on, a few calls are enough, and take long enough.
 _LARGE = {"cuda": 10**13, "cpu": 10**12}
 
@@ -99,8 +99,7 @@ class _Run:
 
     def time(self, method: str, kind: str, call: Call) -> None:
         first = (method, kind) not in self.times
-        warmup = self.effort.warmup + first
-        times = self.attempt(method, kind, lambda: self.timer(call, self.effort.calls, warmup))
+        times = self.attempt(method, kind, lambda: self.timer(call, self.effort))
         self.times.setdefault((method, kind), []).extend(times or [])
         if first and method in OWN and method != "eager" and times:
             self.facts.setdefault((method, kind), {})["path"] = path_taken()

@@ -4,6 +4,7 @@ clock."""
 from __future__ import annotations
 
 import gc
+import math
 import statistics
 import subprocess
 import time
@@ -24,6 +25,10 @@ KIND_HELP = """
   loss-bw        that backward
   loss-fw-bw     both
 """
+# Calls of a few microseconds would otherwise be queued by the ten thousand.
+_MOST_UNSETTLED = 1000
+
+Marks = tuple[torch.cuda.Event, torch.cuda.Event]
 
 
 class Call(NamedTuple):
@@ -65,8 +70,22 @@ def matmul_call(e: Tensor, c: Tensor) -> Call:
     return Call(output, lambda out: torch.mm(e, c.T, out=out))
 
 
+class Effort(NamedTuple):
+    """How often a call is timed: in ``rounds`` rounds, in which the methods take turns, ``calls`` in
+    a row after calls that do not count, for ``seconds`` on a GPU, one elsewhere."""
+
+    rounds: int
+    calls: int
+    seconds: float
+
+
 class Timer:
-    """Times calls on a device in ms."""
+    """Times calls on a device in ms.
+
+    A GPU lowers its clocks by what it has been doing: after a rest it is up to a fifth faster than
+    in sustained work, and how far it has to go down depends on what it does. So every method is
+    measured in a row of its own calls, after enough of them to have settled, the matmul that is the
+    unit included; not after a rest, and not in the state that another method has left behind."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -75,15 +94,16 @@ class Timer:
             cache = torch.cuda.get_device_properties(device).L2_cache_size
             self._flush = torch.empty(max(4 * cache, 64 * 2**20), dtype=torch.int8, device=device)
 
-    def __call__(self, call: Call, repeats: int, warmup: int) -> list[float]:
-        """Times of ``repeats`` calls after ``warmup`` calls that do not count."""
-        for _ in range(warmup):
-            call.run(call.prepare())
+    def __call__(self, call: Call, effort: Effort) -> list[float]:
+        """Times of one round's calls."""
+        call.run(call.prepare())
         if self._flush is None:
-            return [self._cpu(call) for _ in range(repeats)]
-        marks = [self._cuda(call) for _ in range(repeats)]
-        torch.cuda.synchronize(self.device)
-        return [start.elapsed_time(end) for start, end in marks]
+            return [self._cpu(call) for _ in range(effort.calls)]
+        # All in one queue: waiting for one of them would be a rest. How many, an unhurried call tells.
+        (each,) = self._finish([self._start(call)])
+        unsettled = min(math.ceil(1e3 * effort.seconds / max(each, 1e-3)), _MOST_UNSETTLED)
+        marks = [self._start(call) for _ in range(unsettled + effort.calls)]
+        return self._finish(marks)[unsettled:]
 
     def _cpu(self, call: Call) -> float:
         state = call.prepare()
@@ -91,7 +111,7 @@ class Timer:
         call.run(state)
         return 1e3 * (time.perf_counter() - start)
 
-    def _cuda(self, call: Call) -> tuple[torch.cuda.Event, torch.cuda.Event]:
+    def _start(self, call: Call) -> Marks:
         """Starts a call. Nothing waits for it: as in a training, launches are queued while earlier
         ones run, and what is timed is the GPU's work unless the host cannot keep up with it."""
         state = call.prepare()
@@ -101,6 +121,10 @@ class Timer:
         call.run(state)
         end.record()
         return start, end
+
+    def _finish(self, marks: list[Marks]) -> list[float]:
+        torch.cuda.synchronize(self.device)
+        return [start.elapsed_time(end) for start, end in marks]
 
 
 class Times(NamedTuple):
