@@ -178,7 +178,7 @@ __device__ __forceinline__ RowSums thread_sums(const float (&z)[kElements], int 
 
 // Offers the entries of one row of the pair that are at least `cut` to the sink. All lanes of the warp take part; top: the
 // largest of the row's elements in the quad; to_logit: factor from acc to z. A section of columns in which no lane has any,
-// the usual case, costs a vote.
+// the usual case, costs its maximum and a vote.
 template <typename Columns, typename Sink, int kElements>
 __device__ __forceinline__ void emit_candidates(const float (&acc)[kElements], int h, float top,
                                                 float cut, float to_logit, int first_col, int row,
@@ -190,11 +190,15 @@ __device__ __forceinline__ void emit_candidates(const float (&acc)[kElements], i
       static_cast<uint32_t>(row) << kCandidateIdBits | static_cast<uint32_t>(first_col);
 #pragma unroll
   for (int s = 0; s < kSections; ++s) {
+    float largest = -INFINITY;
+#pragma unroll
+    for (int j = s * kPairs; j < (s + 1) * kPairs; ++j)
+      largest = fmaxf(largest, fmaxf(acc[4 * j + 2 * h], acc[4 * j + 2 * h + 1]));
+    if (!__any_sync(~0u, largest >= cut)) continue;
     int mine = 0;
 #pragma unroll
     for (int j = s * kPairs; j < (s + 1) * kPairs; ++j)
       mine += (acc[4 * j + 2 * h] >= cut ? 1 : 0) + (acc[4 * j + 2 * h + 1] >= cut ? 1 : 0);
-    if (!__any_sync(~0u, mine != 0)) continue;
     uint2* place = sink.template reserve<2 * kPairs>(mine);
     if (mine == 0) continue;
 #pragma unroll

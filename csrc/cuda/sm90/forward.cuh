@@ -16,6 +16,9 @@ namespace cce::cuda::sm90 {
 using States = RowStates<1, Config::kBlockM>;
 
 constexpr int kBufferedCandidates = 768;  // a warp
+// Sections of a thread's columns that a vote passes over where no lane has a candidate; as many as registers allow.
+template <Mode kMode>
+constexpr int kSections = kMode == Mode::kPlain ? 4 : 2;
 using Buffers = CandidateBuffers<4, kBufferedCandidates>;
 
 constexpr int kStatesAt = Config::kPipelineBytes + Config::kBarrierBytes;
@@ -48,7 +51,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
   const auto epilogue = [&](float (&acc)[Config::kMmaM][Config::kAccumulators], const Cursor& at) {
     const int first = at.tile * Config::kBlockN + PairedColumns::first();
     const bool ragged = (at.tile + 1) * Config::kBlockN > logits.cols;
-    const CandidateSink<4, kBufferedCandidates, 2> sink{
+    const CandidateSink<4, kBufferedCandidates, kSections<kMode>> sink{
         buffers, static_cast<int>(threadIdx.x) % 128 / 32, static_cast<int>(threadIdx.x) % 32,
         candidates, at.row_block};
 #pragma unroll 1
