@@ -64,7 +64,8 @@ BackwardSample backward_sample_cuda(Tensor a, Tensor d, Tensor row_mass, Tensor 
   const Tensor d_all = empty(targets, {p.n}, ScalarType::Float);
   const Tensor weight = empty(targets, {p.n}, ScalarType::Float);
   const Tensor rows = empty(targets, {sample}, ScalarType::Long);
-  const Tensor cumulated = empty(targets, {p.n}, ScalarType::Long);
+  const Tensor blocks =
+      empty(targets, {cuda::kSampleBlocks * sizeof(cuda::SampleBlock)}, ScalarType::Byte);
   const Tensor order = empty(targets, {p.n}, ScalarType::Int);
   const Tensor count = empty(targets, {1}, ScalarType::Int);
   const Tensor units = empty(targets, {3}, ScalarType::Float);
@@ -73,7 +74,7 @@ BackwardSample backward_sample_cuda(Tensor a, Tensor d, Tensor row_mass, Tensor 
   p.d_all = floats(d_all);
   p.weight = floats(weight);
   p.rows = i64(rows, "rows");
-  p.cumulated = i64(cumulated, "cumulated");
+  p.blocks = static_cast<cuda::SampleBlock*>(blocks.mutable_data_ptr());
   p.order = i32(order, "order");
   p.count = i32(count, "count");
   p.units = floats(units);

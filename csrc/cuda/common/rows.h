@@ -1,5 +1,5 @@
 // Host launchers of the small kernels around the mainloop: the row order before it, target logits and the merge of the
-// partials after it. One thread or one warp a row; no atomics; fixed summation order.
+// partials after it. A thread, eight or a warp a row; no atomics; fixed summation order.
 #pragma once
 
 #include <cstddef>

@@ -160,6 +160,21 @@ cudaError_t dropped_mass(const MassParams& params, cudaStream_t stream);
 
 // ---- backward ----
 
+// What a block of backward_sample finds in its rows, for the others.
+constexpr int kSampleBlocks = 64;
+struct alignas(16) SampleLargest {
+  float tail, a, d;  // |a| mass, |a|, |d|
+  int valid;         // rows that count
+};
+struct alignas(16) SampleSums {
+  int64_t steps;    // in the systematic sample
+  int some, exact;  // rows that have steps, exact rows
+};
+struct SampleBlock {
+  SampleLargest largest;
+  SampleSums sums;
+};
+
 struct BackwardRowsParams {
   const float* dnll = nullptr;  // (N,), dnll_stride apart, or null: 0
   int64_t dnll_stride = 1;
@@ -176,12 +191,12 @@ struct BackwardRowsParams {
   float* row_mass = nullptr;  // (N,)
   float* share = nullptr;  // (1,): T; shards of a vocabulary add theirs up before backward_sample
   // By backward_sample, which clears a and d of exact rows:
-  float* d_all = nullptr;        // (N,): d as it was
-  uint8_t* exact = nullptr;      // (N,)
-  float* exact_share = nullptr;  // (1,): of the rows that count
-  int64_t* cumulated = nullptr;  // (N,): workspace
-  int32_t* order = nullptr;      // (N,): exact rows first, ascending, the others after them
-  int32_t* count = nullptr;      // (1,): exact rows
+  float* d_all = nullptr;         // (N,): d as it was
+  uint8_t* exact = nullptr;       // (N,)
+  float* exact_share = nullptr;   // (1,): of the rows that count
+  SampleBlock* blocks = nullptr;  // (kSampleBlocks,): workspace
+  int32_t* order = nullptr;       // (N,): exact rows first, ascending, the others after them
+  int32_t* count = nullptr;       // (1,): exact rows
   // Units of 16-bit factors (3,): of weights of kept entries, of mass * a, of products with shapes.
   float* units = nullptr;
   float unit_scale = 0.0f;    // |logit scale|; 0: bf16, all units are 1

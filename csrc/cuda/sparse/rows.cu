@@ -1,17 +1,22 @@
 // What the sparse backward needs to know of the rows before it starts: upstream weights, which rows go the exact way, and the
 // rows that stand for all when the tail's shape is learnt. Sums are made in a fixed order; cce_ext/sparse/tail.py has the
 // same steps in PyTorch.
+#include <cooperative_groups.h>
+
+#include <algorithm>
 #include <cfloat>
 #include <cub/block/block_reduce.cuh>
 #include <cub/block/block_scan.cuh>
 
+#include "cuda/device_info.h"
 #include "cuda/sparse/lists.h"
 #include "cuda/sparse/tail.h"
 
 namespace cce::cuda {
 namespace {
 
-constexpr int kBlock = 1024, kThreads = 128;
+constexpr int kBlock = 1024, kThreads = 128, kSampleThreads = 256;
+static_assert(kSampleBlocks <= kSampleThreads, "a thread reads what a block found");
 // Steps of the largest row's share; a million rows of them still fit into 64 bits.
 constexpr double kSteps = 1099511627776.0;  // 2^40
 
@@ -51,33 +56,21 @@ __global__ void __launch_bounds__(kBlock)
   if (threadIdx.x == 0) *p.share = total == 0.0 ? 0.0f : static_cast<float>(weighted / total);
 }
 
-// use(row, load(row)) for rows begin to end, in their order, kBatch loads on their way at once: one block has nothing else to
-// hide their latency with.
-constexpr int kBatch = 4;
-template <typename Load, typename Use>
-__device__ __forceinline__ void visit_rows(int64_t begin, int64_t end, Load&& load, Use&& use) {
-  for (int64_t row = begin; row < end; row += kBatch) {
-    decltype(load(row)) values[kBatch];
-#pragma unroll
-    for (int i = 0; i < kBatch; ++i) values[i] = load(min(row + i, end - 1));
-#pragma unroll
-    for (int i = 0; i < kBatch; ++i) {
-      if (row + i < end) use(row + i, values[i]);
-    }
-  }
+// What a row's tail weighs.
+__device__ __forceinline__ float tail_share(float a, float mass) {
+  return mass > kNothing ? fabsf(a) * mass : 0.0f;
 }
-
-// Upstream weights of a row and what it drops; whether its target counts, and whether it is on the list of exact rows.
-struct Upstream {
-  float a, d, mass;
-  bool counts, listed;
-};
 
 // Steps that a row takes in the systematic sample.
 __device__ __forceinline__ int64_t steps_of(float a, float mass, float top) {
-  const float share = mass > kNothing ? fabsf(a) * mass : 0.0f;
   if (!(top > 0.0f)) return 0;
-  return static_cast<int64_t>(ceil(static_cast<double>(share) / static_cast<double>(top) * kSteps));
+  const double share = static_cast<double>(tail_share(a, mass)) / static_cast<double>(top);
+  return static_cast<int64_t>(ceil(share * kSteps));
+}
+
+// The first sample, they being `step` apart from zero on, that is not before so many steps.
+__device__ __forceinline__ int64_t first_sample(int64_t steps, int64_t step) {
+  return steps > 0 ? static_cast<int64_t>((static_cast<uint64_t>(steps) - 1) / step + 1) : 0;
 }
 
 // What 16-bit factors are divided by: in float16 by about the largest, in bfloat16 by nothing.
@@ -88,132 +81,120 @@ __device__ void write_units(const BackwardRowsParams& p, float a, float d, float
   p.units[2] = wanted ? p.units[1] / kShapeLift : 1.0f;
 }
 
-// Sums and maxima of two or three numbers at once.
-struct Counts {
-  int valid, exact;
-  __device__ Counts operator+(Counts other) const {
-    return {valid + other.valid, exact + other.exact};
+// Of several rows, or of several blocks.
+struct MergeLargest {
+  __device__ SampleLargest operator()(SampleLargest a, SampleLargest b) const {
+    return {fmaxf(a.tail, b.tail), fmaxf(a.a, b.a), fmaxf(a.d, b.d), a.valid + b.valid};
   }
 };
-struct Steps {
-  int64_t steps;
-  int some;
-  __device__ Steps operator+(Steps other) const { return {steps + other.steps, some + other.some}; }
-};
-struct Plus {
-  template <typename T>
-  __device__ T operator()(T a, T b) const {
-    return a + b;
-  }
-};
-struct Largest {
-  __device__ float3 operator()(float3 a, float3 b) const {
-    return {fmaxf(a.x, b.x), fmaxf(a.y, b.y), fmaxf(a.z, b.z)};
+struct AddSums {
+  __device__ SampleSums operator()(SampleSums a, SampleSums b) const {
+    return {a.steps + b.steps, a.some + b.some, a.exact + b.exact};
   }
 };
 
-// By the final T: exact rows, whose weights become zero here, their share and list; then the sample. Each thread has a
-// stretch of rows.
-__global__ void __launch_bounds__(kBlock)
+// By the final T: exact rows, whose weights become zero here, their share and list; then the sample. A cooperative grid: each
+// block has a stretch of rows and goes through it in tiles of neighbouring rows, a thread a row and always the same one. What
+// the blocks found goes through memory at two barriers: the largest numbers, by which rows get steps, then the sums.
+__global__ void __launch_bounds__(kSampleThreads)
     sample_kernel(const __grid_constant__ BackwardRowsParams p) {
-  using Max = cub::BlockReduce<float3, kBlock>;
-  using Count = cub::BlockScan<Counts, kBlock, cub::BLOCK_SCAN_WARP_SCANS>;
-  using Scan = cub::BlockScan<Steps, kBlock, cub::BLOCK_SCAN_WARP_SCANS>;
+  using Max = cub::BlockReduce<SampleLargest, kSampleThreads>;
+  using Sum = cub::BlockReduce<SampleSums, kSampleThreads>;
+  using Scan = cub::BlockScan<SampleSums, kSampleThreads, cub::BLOCK_SCAN_WARP_SCANS>;
   __shared__ union {
     typename Max::TempStorage max;
-    typename Count::TempStorage count;
+    typename Sum::TempStorage sum;
     typename Scan::TempStorage scan;
   } storage;
-  __shared__ float top_of_all;
-  __shared__ int64_t reached[kBlock];  // steps up to the end of each thread's stretch
-  const int64_t each = (p.n + kBlock - 1) / kBlock;
-  const int64_t begin = min(threadIdx.x * each, p.n), end = min(begin + each, p.n);
-  const bool flat = !(
-      *p.share <= p.flat);  // a NaN goes the exact way, which carries it to where eager's would be
-  Counts mine{0, 0};
-  float3 largest{0.0f, 0.0f, 0.0f};  // of |a| mass, |a|, |d|
-  visit_rows(
-      begin, end,
-      [&](int64_t row) {
-        return Upstream{p.a[row], p.d[row], p.row_mass[row], p.targets[row] != p.ignore_index,
-                        p.listed[row] != 0};
-      },
-      [&](int64_t row, Upstream x) {
-        const bool is_exact = x.counts && (flat || x.listed);
-        p.exact[row] = is_exact;
-        mine = mine + Counts{x.counts, is_exact};
-        p.d_all[row] = x.d;
-        if (is_exact) p.a[row] = p.d[row] = x.a = x.d = 0.0f;
-        const float a = fabsf(x.a);
-        largest = Largest()(largest, {x.mass > kNothing ? a * x.mass : 0.0f, a, fabsf(x.d)});
-      });
-  largest = Max(storage.max).Reduce(largest, Largest());
-  __syncthreads();
-  Counts before, in_all;
-  Count(storage.count).ExclusiveScan(mine, before, Counts{0, 0}, Plus(), in_all);
+  __shared__ SampleLargest largest_of_all;
+  __shared__ SampleSums sums_before;  // of the blocks before this one
+  const auto grid = cooperative_groups::this_grid();
+  const auto tiles = static_cast<unsigned>((p.n + kSampleThreads - 1) / kSampleThreads);
+  const int64_t stretch = int64_t{(tiles + gridDim.x - 1) / gridDim.x} * kSampleThreads;
+  const int64_t begin = min(blockIdx.x * stretch, p.n), end = min(begin + stretch, p.n);
+  const int64_t first = begin + threadIdx.x;       // this thread's first row
+  const bool has_block = threadIdx.x < gridDim.x;  // reads what the block of this number found
+
+  // Every sample has a row, even if so many have the most steps that 64 bits do not hold their sum.
+  for (int i = blockIdx.x * kSampleThreads + threadIdx.x; i < p.sample;
+       i += gridDim.x * kSampleThreads)
+    p.rows[i] = p.n - 1;
+  // A NaN goes the exact way, which carries it to where eager's would be.
+  const bool flat = !(*p.share <= p.flat);
+  SampleLargest largest{};
+  for (int64_t row = first; row < end; row += kSampleThreads) {
+    float a = p.a[row], d = p.d[row];
+    const float mass = p.row_mass[row];
+    const bool counts = p.targets[row] != p.ignore_index, listed = p.listed[row] != 0;
+    const bool is_exact = counts && (flat || listed);
+    p.exact[row] = is_exact;
+    p.d_all[row] = d;
+    if (is_exact) p.a[row] = p.d[row] = a = d = 0.0f;
+    largest = MergeLargest()(largest, {tail_share(a, mass), fabsf(a), fabsf(d), counts});
+  }
+  largest = Max(storage.max).Reduce(largest, MergeLargest());
+  if (threadIdx.x == 0) p.blocks[blockIdx.x].largest = largest;
+  grid.sync();
+
+  largest = has_block ? p.blocks[threadIdx.x].largest : SampleLargest{};
+  largest = Max(storage.max).Reduce(largest, MergeLargest());
   if (threadIdx.x == 0) {
-    *p.exact_share = static_cast<float>(in_all.exact) / (in_all.valid > 0 ? in_all.valid : 1);
-    *p.count = in_all.exact;
-    write_units(p, largest.y, largest.z, largest.x);
-    top_of_all = largest.x;
+    largest_of_all = largest;
+    if (blockIdx.x == 0) write_units(p, largest.a, largest.d, largest.tail);
   }
   __syncthreads();
-  const float top = top_of_all;
-  Steps steps_here{0, 0};
-  int64_t listed = before.exact, unlisted = in_all.exact + begin - before.exact;
-  visit_rows(
-      begin, end,
-      [&](int64_t row) {
-        return Upstream{p.a[row], 0.0f, p.row_mass[row], false, p.exact[row] != 0};
-      },
-      [&](int64_t row, const Upstream& x) {
-        const int64_t steps = steps_of(x.a, x.mass, top);
-        steps_here = steps_here + Steps{steps, steps > 0};
-        p.cumulated[row] = steps;  // so far, of this row alone
-        p.order[x.listed ? listed++ : unlisted++] = static_cast<int32_t>(row);
-      });
-  Steps steps_before, steps_in_all;
-  Scan(storage.scan).ExclusiveScan(steps_here, steps_before, Steps{0, 0}, Plus(), steps_in_all);
-  const bool few = steps_in_all.some <= p.sample;
-  int64_t others = begin - steps_before.some;  // rows without steps before this stretch
-  int64_t place = steps_before.some, cumulated = steps_before.steps;
-  struct Tail {
-    int64_t steps;
-    float a, mass;
+  const float top = largest_of_all.tail;
+  const auto sums_of = [&](float a, float mass, bool is_exact) -> SampleSums {
+    const int64_t steps = steps_of(a, mass, top);
+    return {steps, steps > 0, is_exact};
   };
-  visit_rows(
-      begin, end, [&](int64_t row) { return Tail{p.cumulated[row], p.a[row], p.row_mass[row]}; },
-      [&](int64_t row, const Tail& x) {
-        cumulated += x.steps;
-        p.cumulated[row] = cumulated;
-        float weight = 0.0f;
-        if (x.steps > 0) weight = few ? fabsf(x.a) / top : 1.0f / x.mass;
-        p.weight[row] = weight;
-        // Few rows: all of them, then rows that weigh nothing.
-        const int64_t at = x.steps > 0 ? place++ : steps_in_all.some + others++;
-        if (few && at < p.sample) p.rows[at] = row;
-      });
-  reached[threadIdx.x] = cumulated;
+  SampleSums sums{};
+  for (int64_t row = first; row < end; row += kSampleThreads)
+    sums = AddSums()(sums, sums_of(p.a[row], p.row_mass[row], p.exact[row] != 0));
+  sums = Sum(storage.sum).Reduce(sums, AddSums());
+  if (threadIdx.x == 0) p.blocks[blockIdx.x].sums = sums;
+  grid.sync();
+
+  sums = has_block ? p.blocks[threadIdx.x].sums : SampleSums{};
+  SampleSums all;
+  Scan(storage.scan).ExclusiveScan(sums, sums, SampleSums{}, AddSums(), all);
+  if (threadIdx.x == blockIdx.x) sums_before = sums;
   __syncthreads();
-  const int i = threadIdx.x;
-  if (few || i >= p.sample) return;
-  const int64_t all = steps_in_all.steps;
-  const int64_t aim = all / p.sample * i + all / (2 * p.sample);
-  // The first row whose steps reach beyond the aim: in the first stretch whose end does.
-  const auto first_beyond = [&](const int64_t* values, int64_t low, int64_t high) {
-    while (low < high) {
-      const int64_t middle = (low + high) / 2;
-      if (values[middle] <= aim)
-        low = middle + 1;
-      else
-        high = middle;
+  if (blockIdx.x == 0 && threadIdx.x == 0) {
+    const int valid = largest_of_all.valid;
+    *p.exact_share = static_cast<float>(all.exact) / (valid > 0 ? valid : 1);
+    *p.count = all.exact;
+  }
+  const bool few = all.some <= p.sample;
+  // Sample i is the first row whose cumulated steps are beyond half + i * step.
+  const int64_t step = few ? 0 : all.steps / p.sample, half = step / 2;
+  SampleSums before_tile = sums_before;
+  for (int64_t tile = begin; tile < end; tile += kSampleThreads) {
+    const int64_t row = tile + threadIdx.x;
+    const bool is_row = row < end;
+    const float a = is_row ? p.a[row] : 0.0f, mass = is_row ? p.row_mass[row] : 0.0f;
+    const SampleSums mine = sums_of(a, mass, is_row && p.exact[row] != 0);
+    SampleSums before, in_tile;
+    Scan(storage.scan).ExclusiveScan(mine, before, SampleSums{}, AddSums(), in_tile);
+    __syncthreads();  // the storage
+    before = AddSums()(before_tile, before);
+    before_tile = AddSums()(before_tile, in_tile);
+    if (!is_row) continue;
+    const int64_t place = mine.exact ? before.exact : all.exact + row - before.exact;
+    p.order[place] = static_cast<int32_t>(row);
+    float weight = 0.0f;
+    if (mine.some) weight = few ? fabsf(a) / top : 1.0f / mass;
+    p.weight[row] = weight;
+    if (few) {  // all rows with steps, then rows that weigh nothing
+      const int64_t at = mine.some ? before.some : all.some + row - before.some;
+      if (at < p.sample) p.rows[at] = row;
+    } else if (mine.some) {
+      const int64_t reached = before.steps + mine.steps;
+      for (int64_t i = first_sample(before.steps - half, step);
+           i < p.sample && half + i * step < reached; ++i)
+        p.rows[i] = row;
     }
-    return low;
-  };
-  const int64_t stretch = first_beyond(reached, 0, kBlock - 1);
-  const int64_t row =
-      first_beyond(p.cumulated, min(stretch * each, p.n), min((stretch + 1) * each, p.n));
-  p.rows[i] = min(row, p.n - 1);
+  }
 }
 
 }  // namespace
@@ -226,9 +207,14 @@ cudaError_t backward_shares(const BackwardRowsParams& params, cudaStream_t strea
 }
 
 cudaError_t backward_sample(const BackwardRowsParams& params, cudaStream_t stream) {
-  if (params.sample > kBlock) return cudaErrorInvalidValue;
-  sample_kernel<<<1, kBlock, 0, stream>>>(params);
-  return cudaGetLastError();
+  if (params.n > INT32_MAX) return cudaErrorInvalidValue;  // numbers of rows are 32-bit
+  // All blocks must be on the device at once; one is there for no rows, too.
+  const int64_t tiles = (params.n + kSampleThreads - 1) / kSampleThreads;
+  const int most = std::min(kSampleBlocks, current_device().multiprocessors);
+  const auto blocks = static_cast<int>(std::clamp<int64_t>(tiles, 1, most));
+  void* arguments[] = {const_cast<BackwardRowsParams*>(&params)};
+  return cudaLaunchCooperativeKernel(reinterpret_cast<const void*>(sample_kernel), dim3(blocks),
+                                     dim3(kSampleThreads), arguments, 0, stream);
 }
 
 }  // namespace cce::cuda
