@@ -26,7 +26,7 @@ def make_units(spread: tail.Spread, hot: Tensor | float, dtype: torch.dtype) -> 
 def make_factors(
     spread: tail.Spread, values: Tensor, ids: Tensor, units: Tensor, dtype: torch.dtype
 ) -> Factors:
-    """Factors of this dtype; values (N, H): weights of the hot ids in units[0]."""
+    """Factors of this dtype, without a tilt; values (N, H): weights of the hot ids in units[0]."""
     member = tail.one_hot(spread.classes, tail.CLASSES, spread.mass.dtype)
     kinds, shape = spread.mass[:, :, None] * member[:, None], spread.shape
     if spread.uniform is not None:
@@ -35,4 +35,4 @@ def make_factors(
         shape = torch.cat([shape, shape.new_full((1, shape.shape[1]), 1 / tail.GROUP)])
     lift = LIFT if dtype == torch.float16 else 1.0
     rows = torch.cat([values.to(dtype), (kinds / units[1]).flatten(1).to(dtype)], 1)
-    return Factors(rows, (shape * lift).to(dtype), ids, units)
+    return Factors(rows, (shape * lift).to(dtype), ids[:0], ids, units)

@@ -283,14 +283,18 @@ def test_products_of_the_tail(dtype: torch.dtype, smoothing: float) -> None:
     units = make_units(spread, 1e-4 * lift, dtype)
     values = values.to(dtype).to(accumulate) * (1e-4 * lift) / units[0]
     factors = make_factors(spread, values, ids, units, dtype)
+    untilted = row_gradient(factors, c)
     tilted = torch.randint(v, (40,), generator=g)
     tilt = normal(n, 40).to(accumulate) * (1e-5 * lift)
-    by_row = row_gradient(factors, (tilt / units[2]).to(dtype), c, c[tilted])
+    columns = torch.cat([(tilt / units[2]).to(dtype), factors.rows], 1)
+    factors = factors._replace(rows=columns, tilted=tilted)
+    by_row = row_gradient(factors, c)
     by_column = torch.empty(v, d, dtype=dtype)
     hot = column_gradient(factors, e, by_column)
     by_column[ids] = (by_column[ids] + hot * units[0]).to(dtype)
     rows = whole @ c.double() + tilt.double() / lift @ c[tilted].double()
     assert error(by_row / lift, rows) < limit
+    assert error(untilted / lift, whole @ c.double()) < limit
     truth = whole.T @ e.double()
     assert error(by_column / lift, truth) < limit
     wide = torch.empty(v, d, dtype=accumulate)  # of a classifier wider than the hidden states

@@ -32,7 +32,7 @@ def backward_rows(
     mass = uniform(n, groups, seed=3) * 10 ** (-4 * uniform(n, 1, seed=4))
     a, d, row_mass, share = torch.ops.cce.backward_shares(dnll, dlse, targets, mass, listed, -100)
     found = torch.ops.cce.backward_sample_(
-        a, d, row_mass, share, targets, listed, -100, flat, min(tail.SAMPLE, n), unit, smoothed
+        a, d, row_mass, share, targets, listed, -100, flat, tail.sample_size(n), unit, smoothed
     )
     return (a, d, mass, row_mass, share, *found)
 
@@ -99,9 +99,11 @@ def test_sampled_rows(dtype: torch.dtype, samples: int, width: int, rank: int) -
 @pytest.mark.parametrize("smoothing", [False, True])
 @pytest.mark.parametrize(("n", "v"), [(1, 16400), (5, 9216), (130, 20001), (600, 4608 * 5 + 1)])
 def test_classes_and_factors(dtype: torch.dtype, smoothing: bool, n: int, v: int) -> None:
-    groups, hot, scale = tail.groups(v), 64, 0.7
+    groups, tilt, hot, scale = tail.groups(v), 40, 64, 0.7
     e = normal(n, 48).to(dtype)
-    rows = torch.randperm(n, generator=torch.Generator().manual_seed(1)).cuda()[: tail.SAMPLE]
+    rows = torch.randperm(n, generator=torch.Generator().manual_seed(1)).cuda()[
+        : tail.sample_size(n)
+    ]
     step = max(1, rows.shape[0] // tail.CLASSES)
     anchors = e[rows][: step * tail.CLASSES : step]
     scores = tail.wide_mm(e, anchors.T)
@@ -116,8 +118,10 @@ def test_classes_and_factors(dtype: torch.dtype, smoothing: bool, n: int, v: int
     )
     units = make_units(spread, 1.0, dtype)
     factors, classes, member = torch.ops.cce.tail_classes(
-        scores, e, a, d, mass, rows, units, hot, scale, share * tail.GROUP if smoothing else None
-    )
+        scores, e, a, d, mass, rows, units, tilt, hot, scale,
+        share * tail.GROUP if smoothing else None,
+    )  # fmt: skip
+    factors = factors[:, tilt:]
     assert torch.equal(classes, expected)
     one_hot = tail.one_hot(expected[rows], tail.CLASSES, dtype).T
     assert torch.equal(member, one_hot)
@@ -128,7 +132,9 @@ def test_classes_and_factors(dtype: torch.dtype, smoothing: bool, n: int, v: int
     assert (factors[:, :hot] == 0).all()
     # A product that is not a number is the largest, as in torch.argmax.
     scores[:, -1] = torch.nan
-    _, classes, _ = torch.ops.cce.tail_classes(scores, e, a, d, mass, rows, units, hot, scale, None)
+    _, classes, _ = torch.ops.cce.tail_classes(
+        scores, e, a, d, mass, rows, units, 0, hot, scale, None
+    )
     assert torch.equal(classes, scores.argmax(1))
 
 

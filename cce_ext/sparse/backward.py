@@ -106,7 +106,7 @@ def _sparse(
     exact, exact_share, d_all, sample, weight, order, count, units = (
         torch.ops.cce.backward_sample_(
             a, d, row_mass, share, targets, lists.exact_rows, ignore_index, tail.FLAT,
-            min(tail.SAMPLE, targets.shape[0]), abs(logit_scale) if half else 0.0,
+            tail.sample_size(targets.shape[0]), abs(logit_scale) if half else 0.0,
             abs(logit_scale) * label_smoothing / total * tail.GROUP,
         )
     )  # fmt: skip
@@ -138,21 +138,18 @@ def _sparse(
     # What is there for each gradient: (N, width) or (V, width), and where it starts from.
     rows_of = [(need_e, call.c, e), (need_u and u is not None, call.lora_b, u)]
     columns_of = [(need_c, call.e, c), (need_lora_b and lora_b is not None, call.u, lora_b)]
-    factors, tilt, dbias = _factors(
+    factors, dbias = _factors(
         call, lists, a, d, row_mass, tail.Sample(sample, weight), units,
         any(need for need, *_ in rows_of), need_bias and bias is not None,
     )  # fmt: skip
     weights = torch.ops.cce.entry_weights(
         lists.row_first, lists.rows, lists.ids, lists.logits, a, d, call.lse,
-        targets, softcap, logit_scale, label_smoothing, vocab_start, lists.slots, factors.rows,
-        units,
+        targets, softcap, logit_scale, label_smoothing, vocab_start, lists.slots,
+        factors.of_columns(), units,
     )  # fmt: skip
     kept = _Kept(lists, weights, factors)
-    by_row = [
-        _row_gradient(kept, tilt.rows, source, tilted, like) if need else None
-        for (need, source, like), tilted in zip(rows_of, tilt[1:], strict=True)
-    ]
-    del tilt, rows_of
+    by_row = [_row_gradient(kept, source, like) if need else None for need, source, like in rows_of]
+    del rows_of
     call = call._replace(lora_b=None)
     by_column = [
         _column_gradient(kept, source, like) if need else None for need, source, like in columns_of
@@ -189,10 +186,10 @@ def _factors(
     units: Tensor,
     need_rows: bool,
     need_bias: bool,
-) -> tuple[products.Factors, products.Tilt, Tensor | None]:
+) -> tuple[products.Factors, Tensor | None]:
     """The tail of every row, from the sampled rows' logits: what they drop, by class. Columns of
-    hot ids are zeros. If gradients by rows are needed, its tilt for them (else nothing in it); if
-    that by the bias is, what the tail adds to it."""
+    hot ids are zeros. With its tilt, if gradients by rows are needed; if that by the bias is, what
+    the tail adds to it."""
     o, rows = call.options, sample.rows
     e, u, order, count, records = torch.ops.cce.tail_rows(
         rows, sample.weight, _LIFT, call.e, call.u, call.lse, call.targets, o.label_smoothing,
@@ -207,25 +204,27 @@ def _factors(
     smoothing = o.label_smoothing > 0
     uniform = -o.logit_scale * o.label_smoothing / call.vocab[1]  # of d, by entry
     of_rows, classes, member = torch.ops.cce.tail_classes(
-        scores, call.e, a, d, lists.mass, rows, units, lists.hot_ids.shape[0], o.logit_scale,
-        uniform * tail.GROUP if smoothing else None,
+        scores, call.e, a, d, lists.mass, rows, units, tail.TILT_IDS if need_rows else 0,
+        lists.hot_ids.shape[0], o.logit_scale, uniform * tail.GROUP if smoothing else None,
     )  # fmt: skip
     sums = _sampled_tails(call._replace(e=e, u=u), order, count, records, member)
     shape, totals = torch.ops.cce.tail_shapes(sums, call.e, tail.SHARED, smoothing)
-    tilt = products.Tilt(None, None, None)
+    tilted = lists.hot_ids[:0]
     if need_rows:
-        ids, first = torch.ops.cce.tilt_ids(sums, totals, tail.TILT_IDS)
-        tilt = _tilt(call, ids, first, classes, sample, row_mass, lists.mass, a, units)
+        tilted, first = torch.ops.cce.tilt_ids(sums, totals, tail.TILT_IDS)
+        columns = of_rows[:, : tail.TILT_IDS]
+        _tilt(columns, call, tilted, first, classes, sample, row_mass, lists.mass, a, units)
     dbias = None
     if need_bias:  # not of rounded numbers
         mass = lists.mass * (a * o.logit_scale)[:, None]
         wide, _ = torch.ops.cce.tail_shapes(sums, sums, tail.SHARED, False)
         spread = tail.Spread(mass, classes, wide, d * uniform if smoothing else None)
         dbias = tail.column_sum(spread)
-    return products.Factors(of_rows, shape, lists.hot_ids, units), tilt, dbias
+    return products.Factors(of_rows, shape, tilted, lists.hot_ids, units), dbias
 
 
 def _tilt(
+    out: Tensor,
     call: _Call,
     ids: Tensor,
     first: Tensor,
@@ -235,18 +234,15 @@ def _tilt(
     mass: Tensor,
     a: Tensor,
     units: Tensor,
-) -> products.Tilt:
-    """See `tail.tilt`; of the logits of the sampled ids in 16 bits."""
-    c = call.c[ids]
-    lora_b = None if call.lora_b is None else call.lora_b[ids]
-    rows = torch.mm(call.e, c.T)
-    if lora_b is not None:
-        rows.addmm_(call.u, lora_b.T)
+) -> None:
+    """`tail.tilt` into out (N, J); of the logits of the sampled ids in 16 bits."""
+    torch.mm(call.e, call.c[ids].T, out=out)
+    if call.lora_b is not None:
+        torch.addmm(out, call.u, call.lora_b[ids].T, out=out)
     torch.ops.cce.tilt_(
-        rows, ids, first, classes, *sample, row_mass, mass, a, call.bias, call.options.softcap,
+        out, ids, first, classes, *sample, row_mass, mass, a, call.bias, call.options.softcap,
         call.options.logit_scale, tail.SHARED, tail.TILT, tail.TILT_DAMPING, units,
     )  # fmt: skip
-    return products.Tilt(rows, c, lora_b)
 
 
 def _sampled_tails(
@@ -289,13 +285,10 @@ class _Kept(NamedTuple):
     factors: products.Factors
 
 
-def _row_gradient(
-    kept: _Kept, tilt: Tensor, source: Tensor, tilted: Tensor, like: Tensor
-) -> Tensor:
-    """The gradient by `like` (N, width): tail with its tilt (N, J) and kept entries; source
-    (V, width), tilted (J, width)."""
+def _row_gradient(kept: _Kept, source: Tensor, like: Tensor) -> Tensor:
+    """The gradient by `like` (N, width): tail with its tilt and kept entries; source (V, width)."""
     lists = kept.lists
-    out = products.row_gradient(kept.factors, tilt, source, tilted)
+    out = products.row_gradient(kept.factors, source)
     torch.ops.cce.gather_(
         out, source, lists.row_first, lists.row_hot, None, lists.ids, kept.weights, None,
         lists.row_order, None,

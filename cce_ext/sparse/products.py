@@ -2,8 +2,8 @@
 gradients.
 
 Ordinary PyTorch on any device. Both are one product of factors: a row's factors are its weights of
-the hot ids and what it drops in each group and class; theirs are rows of the other matrix, and
-each group's mean row by the shape of each class.
+the tilted and the hot ids and what it drops in each group and class; theirs are rows of the other
+matrix, and each group's mean row by the shape of each class.
 """
 
 from __future__ import annotations
@@ -17,36 +17,35 @@ from cce_ext.sparse.tail import GROUP, wide_mm
 
 
 class Factors(NamedTuple):
-    """Tail and hot ids in the dtype of the matmuls. K: kinds of rows, which are the classes and,
-    with label smoothing, one more that is every row's; G groups.
+    """Tilt, hot ids and tail in the dtype of the matmuls. K: kinds of rows, which are the classes
+    and, with label smoothing, one more that is every row's; G groups.
 
-    tail[n, j] = Σ_k rows[n, H + group(j) K + k] shape[k, j] units[2]; the weight of the i-th hot
-    id is rows[n, i] units[0].
+    The gradients by rows alone have the tilt, whose j-th id weighs rows[n, j] units[2]. The weight
+    of the i-th hot id is rows[n, J + i] units[0]; tail[n, j] =
+    Σ_k rows[n, J + H + group(j) K + k] shape[k, j] units[2].
     """
 
-    rows: Tensor  # (N, H + G K)
+    rows: Tensor  # (N, J + H + G K)
     shape: Tensor  # (K, V)
+    tilted: Tensor  # (J,) ids, none where no gradient by rows is wanted
     hot: Tensor  # (H,) ids
     units: Tensor  # (3,) float32: ones unless the factors are float16
 
-
-class Tilt(NamedTuple):
-    """What the gradients by rows add to the tail: Σ_j rows[n, j] C[ids[j]], in the unit of the
-    products with shapes. J sampled ids. None: not needed, or no low-rank head."""
-
-    rows: Tensor | None  # (N, J), in the dtype of the factors
-    c: Tensor | None  # (J, D): rows of the classifier
-    lora_b: Tensor | None  # (J, R)
+    def of_columns(self) -> Tensor:
+        """(N, H + G K): those that gradients by columns have too."""
+        return self.rows[:, self.tilted.shape[0] :]
 
 
-def row_gradient(factors: Factors, tilt: Tensor, weight: Tensor, tilted: Tensor) -> Tensor:
-    """(N, width): what tail and hot ids add to a gradient by rows, Σ_j g[n, j] weight[j]; weight
-    (V, width); tilt (N, J) and tilted (J, width) as in `Tilt`."""
-    rows, shape, hot, units = factors
+def row_gradient(factors: Factors, weight: Tensor) -> Tensor:
+    """(N, width): what tilt, hot ids and tail add to a gradient by rows, Σ_j g[n, j] weight[j];
+    weight (V, width)."""
+    rows, shape, tilted, hot, units = factors
     kinds, whole = shape.shape[0], weight.shape[0] // GROUP
     other = rows.new_empty(rows.shape[1], weight.shape[1])
-    count, end = hot.shape[0], whole * GROUP
-    torch.index_select(weight, 0, hot, out=other[:count])
+    tilt, count = tilted.shape[0], tilted.shape[0] + hot.shape[0]
+    end = whole * GROUP
+    torch.index_select(weight, 0, tilted, out=other[:tilt])
+    torch.index_select(weight, 0, hot, out=other[tilt:count])
     centers = other[count:]
     if whole:
         grouped = shape[:, :end].unflatten(1, (whole, GROUP)).transpose(0, 1)
@@ -55,9 +54,10 @@ def row_gradient(factors: Factors, tilt: Tensor, weight: Tensor, tilted: Tensor)
     if weight.shape[0] > end:
         torch.mm(shape[:, end:], weight[end:], out=centers[whole * kinds :])
     if rows.dtype != torch.float16:  # needs no units: one product, rounded once
-        return (rows @ other).addmm_(tilt, tilted)
-    total = wide_mm(rows[:, count:], centers).add_(wide_mm(tilt, tilted)).mul_(units[2])
-    total.addcmul_(wide_mm(rows[:, :count], other[:count]), units[0])
+        return rows @ other
+    total = wide_mm(rows[:, count:], centers).add_(wide_mm(rows[:, :tilt], other[:tilt]))
+    total.mul_(units[2])
+    total.addcmul_(wide_mm(rows[:, tilt:count], other[tilt:count]), units[0])
     return total.to(rows.dtype)
 
 
@@ -67,8 +67,8 @@ def column_gradient(factors: Factors, hidden: Tensor, out: Tensor) -> Tensor:
 
     Returns (H, width), at least float32: what the rows of the hot ids still lack, in units[0].
     """
-    rows, shape, hot, units = factors
-    product = wide_mm(rows.T, hidden)
+    _, shape, _, hot, units = factors
+    product = wide_mm(factors.of_columns().T, hidden)
     centers = product[hot.shape[0] :]
     if hidden.dtype == torch.float16:
         centers = centers * units[2]

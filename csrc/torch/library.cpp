@@ -73,8 +73,8 @@ STABLE_TORCH_LIBRARY(cce, m) {
       "Tensor listed, int ignore_index, float flat, int sample, float unit_scale, "
       "float unit_uniform) -> (Tensor exact, Tensor exact_share, Tensor d_all, Tensor rows, "
       "Tensor weight, Tensor order, Tensor count, Tensor units)");
-  // tail_rows: the sampled rows as inputs of dlogits_. tail_classes: the rows' factors of the products with tails and hot
-  // ids, their classes, and which sampled rows are of which. tail_shapes: by id, of like's dtype, and what each group weighs.
+  // tail_rows: the sampled rows as inputs of dlogits_. tail_classes: the rows' factors of the products with (tilted ids,
+  // which tilt_ makes) hot ids and tails, their classes, and which sampled rows are of which. tail_shapes: by id, of like's dtype, and what each group weighs.
   // tilt_ids: ids by that weight, and where each group's start. tilt_: from products with these ids to what the gradients by
   // rows add to the tail. add_rows_: out[ids] += product * unit; like: of the inputs' dtype.
   m.def(
@@ -84,8 +84,8 @@ STABLE_TORCH_LIBRARY(cce, m) {
       "Tensor row_count, Tensor row_gradients)");
   m.def(
       "tail_classes(Tensor scores, Tensor e, Tensor a, Tensor d, Tensor mass, Tensor rows, "
-      "Tensor units, int hot, float scale, float? uniform) -> (Tensor factors, Tensor classes, "
-      "Tensor member)");
+      "Tensor units, int tilt, int hot, float scale, float? uniform) -> (Tensor factors, "
+      "Tensor classes, Tensor member)");
   m.def(
       "tail_shapes(Tensor sums, Tensor like, float shared, bool smoothing) -> (Tensor shapes, "
       "Tensor totals)");

@@ -53,11 +53,12 @@ TailRows tail_rows_cuda(Tensor rows, Tensor weight, double lift, Tensor e, std::
 
 std::tuple<Tensor, Tensor, Tensor> tail_classes_cuda(Tensor scores, Tensor e, Tensor a, Tensor d,
                                                      Tensor mass, Tensor rows, Tensor units,
-                                                     int64_t hot, double scale,
+                                                     int64_t tilt, int64_t hot, double scale,
                                                      std::optional<double> uniform) {
   const Guard guard(scores.get_device_index());
-  STD_TORCH_CHECK(scores.size(1) <= cuda::kTailClasses && hot % 8 == 0 && units.size(0) == 3,
-                  "at most 8 anchors, hot ids in eights, three units");
+  STD_TORCH_CHECK(
+      scores.size(1) <= cuda::kTailClasses && tilt % 8 == 0 && hot % 8 == 0 && units.size(0) == 3,
+      "at most 8 anchors, columns of the tilt and hot ids in eights, three units");
   cuda::TailClassesParams p;
   p.dtype = kernel_dtype(e);
   p.scores = f32(scores, "scores");
@@ -72,10 +73,11 @@ std::tuple<Tensor, Tensor, Tensor> tail_classes_cuda(Tensor scores, Tensor e, Te
   p.uniform = static_cast<float>(uniform.value_or(0.0));
   p.units = f32(units, "units");
   p.hot = hot;
-  const int64_t width = hot + p.groups * (cuda::kTailClasses + p.smoothing);
+  const int64_t width = tilt + hot + p.groups * (cuda::kTailClasses + p.smoothing);
   const Tensor factors = piece_rows(e, p.n, width);
-  p.factors = factors.mutable_data_ptr();
+  p.factors = static_cast<uint16_t*>(factors.mutable_data_ptr()) + tilt;
   p.ld = factors.stride(0);
+  p.width = p.ld - tilt;
   const Tensor classes = empty(e, {p.n}, ScalarType::Long);
   p.classes = i64(classes, "classes");
   p.rows = i64(rows, "rows");

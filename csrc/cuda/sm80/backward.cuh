@@ -103,6 +103,7 @@ template <typename T, typename Config, Epilogue kEpilogue>
 __global__ void __launch_bounds__(Config::kThreads, 1)
     backward_mainloop(const __grid_constant__ Work work, const LogitParams logits,
                       const RowGradient* records, int first_col, const DlogitsOut<T> out) {
+  if constexpr (!Config::kCompiled) return;
   extern __shared__ __align__(128) uint8_t shared[];
   const int count = __ldg(work.row_count);
   clear_ignored_rows(work, count, out.dlogits, out.ld);

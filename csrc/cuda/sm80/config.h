@@ -4,21 +4,20 @@
 namespace cce::cuda::sm80 {
 
 // 128 x kBlockN tiles, eight warps of 64 x kWarpN in a 2 x 4 grid, one block a multiprocessor. AheadA, AheadB: fragments of
-// a step of 16 in K that are read before they are needed, m16 tiles of A and n16 pieces of B, as registers allow.
-template <int BlockN, int BlockK, int Stages, int AheadA, int AheadB>
+// a step of 16 in K that are read before they are needed, m16 tiles of A and n16 pieces of B, as registers allow. Capability:
+// the oldest chips that have the shared memory; nothing is compiled for older ones.
+template <int BlockN, int BlockK, int Stages, int AheadA, int AheadB, int Capability>
 struct Config {
   static constexpr int kBlockM = 128, kBlockN = BlockN, kBlockK = BlockK, kStages = Stages;
   static constexpr int kWarpsM = 2, kWarpsN = 4, kWarps = kWarpsM * kWarpsN, kThreads = 32 * kWarps;
   static constexpr int kWarpM = kBlockM / kWarpsM, kWarpN = kBlockN / kWarpsN;
   static constexpr int kMmaM = kWarpM / 16;             // m16 tiles of a warp
   static constexpr int kAccumulators = kWarpN / 8 * 4;  // numbers a thread holds of one m16 tile
-  static constexpr int kAheadA = AheadA;
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
-  // Their compiler spills more of the wide tiles' registers, and their chips never run them.
-  static constexpr int kAheadB = BlockN > 256 ? 1 : AheadB;
-#else
-  static constexpr int kAheadB = AheadB;
+  static constexpr int kAheadA = AheadA, kAheadB = AheadB;
+#ifdef __CUDA_ARCH__
+  static constexpr bool kCompiled = __CUDA_ARCH__ >= 10 * Capability;
 #endif
+  static constexpr int kCapability = Capability;
   static constexpr int kBytesA = kBlockM * kBlockK * 2, kBytesB = kBlockN * kBlockK * 2;
   static constexpr int kStageBytes = kBytesA + kBytesB;
   static constexpr int kPipelineBytes = kStages * kStageBytes;
@@ -26,10 +25,10 @@ struct Config {
 };
 
 // H100 and newer data-centre chips (227 KB of shared memory): 192 KB in three stages.
-using Huge = Config<384, 64, 3, 0, 2>;
+using Huge = Config<384, 64, 3, 0, 2, 90>;
 // A100 (163 KB): 144 KB in three stages.
-using Large = Config<256, 64, 3, 4, 4>;
+using Large = Config<256, 64, 3, 4, 4, 80>;
 // GA10x, AD10x and consumer Blackwell (99 KB): 72 KB in three stages.
-using Small = Config<256, 32, 3, 4, 4>;
+using Small = Config<256, 32, 3, 4, 4, 80>;
 
 }  // namespace cce::cuda::sm80

@@ -33,6 +33,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
     forward_mainloop(const __grid_constant__ Work work, const LogitParams logits,
                      const Partials out, const Candidates candidates, int64_t ld, int first_col) {
   static_assert(Config::kBlockM == kRowBlock);
+  if constexpr (!Config::kCompiled) return;
   extern __shared__ __align__(128) uint8_t shared[];
   auto& states = *reinterpret_cast<States<Config>*>(shared + Config::kSharedBytes);
   auto& buffers = *reinterpret_cast<Buffers<Config>*>(&states + 1);  // training alone

@@ -63,9 +63,9 @@ __device__ void write_factors(const TailClassesParams& p, int64_t row, int lane)
   const float a = p.a[row] * p.scale, unit = p.units[1];
   const float uniform = p.d[row] * p.uniform / unit;
   const float* mass = p.mass + row * p.groups;
-  for (int i = lane; i < p.ld - p.hot; i += 32) {
+  for (int i = lane; i < p.width - p.hot; i += 32) {
     const int kind = i % kinds, group = i / kinds;
-    float value = 0.0f;  // of other classes, and between two rows
+    float value = 0.0f;  // of other classes, and beyond the last group
     if (group < p.groups && kind == kTailClasses) value = uniform;
     if (group < p.groups && kind == chosen) value = mass[group] * a / unit;
     factors[p.hot + i] = narrow<T>(value);

@@ -48,10 +48,10 @@ struct TailClassesParams {
   bool smoothing = false;
   const float* units = nullptr;  // (3,), by backward_sample
   Dtype dtype = Dtype::kBFloat16;
-  void* factors = nullptr;        // (N, ld): hot + groups * kinds columns
-  int64_t ld = 0, hot = 0;        // multiples of 8; what lies between two rows becomes zero
-  int64_t* classes = nullptr;     // (N,)
-  const int64_t* rows = nullptr;  // (samples,)
+  void* factors = nullptr;  // (N, width): hot + groups * kinds columns, zeros up to the width
+  int64_t ld = 0, hot = 0, width = 0;  // multiples of 8
+  int64_t* classes = nullptr;          // (N,)
+  const int64_t* rows = nullptr;       // (samples,)
   int samples = 0;
   void* member = nullptr;  // (kTailClasses, samples): 1 where a sampled row is of the class
 };
