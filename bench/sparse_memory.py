@@ -56,11 +56,9 @@ def forward_peaks(
     }
 
 
-def tilt_bytes(n: int, d: int, r: int) -> int:
-    """What the backward holds of the tilt, of J ids, from the tail's shapes to the last gradient by
-    rows; those by columns begin without it. 16 bits each: the tilt itself (N, J), rows of c (J, D),
-    of lora_b (J, R)."""
-    return 2 * TILT_IDS * (n + d + r)
+def tilt_bytes(n: int) -> int:
+    """What the tilt (N, J) of J ids, 16 bits each, adds to the backward's factors."""
+    return 2 * TILT_IDS * n
 
 
 def main() -> None:
@@ -75,7 +73,7 @@ def main() -> None:
     eps = args.eps or 2.0**-13
     for step, size in forward_peaks(n, v, d, r, eps, not args.same_dtype).items():
         print(f"{step:26} {size / MB:8.1f} MB")
-    print(f"{'tilt, in the backward':26} {tilt_bytes(n, d, r) / MB:8.1f} MB")
+    print(f"{'tilt, in the backward':26} {tilt_bytes(n) / MB:8.1f} MB")
 
 
 if __name__ == "__main__":

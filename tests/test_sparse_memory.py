@@ -11,11 +11,8 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from bench.llm_data import llm_like
-from bench.sparse_memory import forward_peaks, tilt_bytes
-from cce_ext import linear_cross_entropy
-from cce_ext.sparse import backward as sparse_backward
+from bench.sparse_memory import forward_peaks
 from cce_ext.sparse import forward as sparse_forward
-from cce_ext.sparse import history
 from cce_ext.sparse.forward import Bounds, Lists, Selected
 
 # Sums of arrays leave out those with a few bytes a row or a vocabulary entry.
@@ -95,44 +92,3 @@ def test_peak(rank: int) -> None:
     peak = torch.cuda.max_memory_allocated() - before
     expected = max(forward_peaks(n, v, d, rank, eps).values())
     assert 0.8 * expected < peak < expected + SMALL
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("rank", [0, 64])
-def test_gradients_by_columns_begin_without_the_tilt(
-    rank: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    n, v, d = 512, 32768, 256
-    e, c, targets = llm_like(n, v, d, torch.bfloat16, "cuda", 0)
-    leaves = [e, c]
-    adapter = {}
-    if rank:
-        adapter = {
-            "lora_a": torch.randn(rank, d, device="cuda") * d**-0.5,
-            "lora_b": torch.randn(v, rank, device="cuda") * 0.01,
-        }
-        leaves += adapter.values()
-    for leaf in leaves:
-        leaf.requires_grad_()
-    history.clear()  # no flat calls of this kind before
-    held: list[StorageWeakRef] = []
-    sizes: list[int] = []
-    columns: list[bool] = []
-    make_tilt, column_gradient = sparse_backward._tilt, sparse_backward._column_gradient
-
-    def tilted(*args: Any) -> Any:
-        made = make_tilt(*args)
-        parts = [part for part in made if part is not None]
-        held.extend(StorageWeakRef(part.untyped_storage()) for part in parts)
-        sizes.append(sum(part.nbytes for part in parts))
-        return made
-
-    def by_column(*args: Any) -> Tensor:
-        columns.append(all(storage.expired() for storage in held))
-        return column_gradient(*args)
-
-    monkeypatch.setattr(sparse_backward, "_tilt", tilted)
-    monkeypatch.setattr(sparse_backward, "_column_gradient", by_column)
-    linear_cross_entropy(e, c, targets, **adapter).backward()
-    assert sizes == [tilt_bytes(n, d, rank)]
-    assert columns == [True] * (2 if rank else 1)
