@@ -312,5 +312,10 @@ def test_forward_uses_the_tensor_cores(family: str) -> None:
     forwards = {n: body for n, body in bodies.items() if "forward_mainloop" in n and family in n}
     assert forwards
     for name, body in forwards.items():
+        # The last number of an sm80 tile: the oldest chip that runs it. For older ones it is compiled empty.
+        oldest = re.search(r"ConfigI\w*?Li(\d+)EEE", name)
+        if oldest and int(oldest[1]) > int(arch.strip("sm_a")):
+            assert "HMMA" not in body, f"{name} is compiled for chips that never run it"
+            continue
         missing = [i for i in instructions if i not in body]
         assert not missing, f"{name} has no {missing}"

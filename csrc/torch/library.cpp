@@ -73,10 +73,11 @@ STABLE_TORCH_LIBRARY(cce, m) {
       "Tensor listed, int ignore_index, float flat, int sample, float unit_scale, "
       "float unit_uniform) -> (Tensor exact, Tensor exact_share, Tensor d_all, Tensor rows, "
       "Tensor weight, Tensor order, Tensor count, Tensor units)");
-  // tail_rows: the sampled rows as inputs of dlogits_. tail_classes: the rows' factors of the products with (tilted ids,
-  // which tilt_ makes) hot ids and tails, their classes, and which sampled rows are of which. tail_shapes: by id, of like's dtype, and what each group weighs.
-  // tilt_ids: ids by that weight, and where each group's start. tilt_: from products with these ids to what the gradients by
-  // rows add to the tail. add_rows_: out[ids] += product * unit; like: of the inputs' dtype.
+  // tail_rows: the sampled rows as inputs of dlogits_. tail_classes: the rows' factors of the products with tilted ids (left
+  // to tilt_), hot ids (left to entry_weights) and tails, their classes, and which sampled rows are of which. tail_shapes: by
+  // id, of like's dtype, and what each group weighs. tilt_ids: ids by that weight, and where each group's start. tilt_: from
+  // products with these ids to what the gradients by rows add to the tail. add_rows_: out[ids] += product * unit; like: of
+  // the inputs' dtype.
   m.def(
       "tail_rows(Tensor rows, Tensor weight, float lift, Tensor e, Tensor? u, Tensor lse, "
       "Tensor targets, float label_smoothing, int ignore_index, int shard_size, int vocab_start, "

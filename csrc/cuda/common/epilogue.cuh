@@ -190,6 +190,7 @@ __device__ __forceinline__ void emit_candidates(const float (&acc)[kElements], i
       static_cast<uint32_t>(row) << kCandidateIdBits | static_cast<uint32_t>(first_col);
 #pragma unroll
   for (int s = 0; s < kSections; ++s) {
+    // In one chain: thread_max's two would cost kernels with all options spilled registers.
     float largest = -INFINITY;
 #pragma unroll
     for (int j = s * kPairs; j < (s + 1) * kPairs; ++j)

@@ -28,8 +28,7 @@ cudaError_t run(const BackwardParams& p, cudaStream_t stream) {
 
 template <typename Config>
 bool fits() {
-  return current_device().capability >= Config::kCapability &&
-         current_device().shared_bytes >= backward_shared_bytes<Config>();
+  return runs_here<Config>(backward_shared_bytes<Config>());
 }
 
 template <typename T>

@@ -1,6 +1,8 @@
 // Tile shapes of the sm_80 kernels, as data.
 #pragma once
 
+#include "cuda/device_info.h"
+
 namespace cce::cuda::sm80 {
 
 // 128 x kBlockN tiles, eight warps of 64 x kWarpN in a 2 x 4 grid, one block a multiprocessor. AheadA, AheadB: fragments of
@@ -23,6 +25,13 @@ struct Config {
   static constexpr int kPipelineBytes = kStages * kStageBytes;
   static constexpr int kSharedBytes = kPipelineBytes + 2 * kWarps * 16;  // and cursors
 };
+
+// Whether the current device runs a kernel of this tile with so much shared memory.
+template <typename Config>
+bool runs_here(int shared_bytes) {
+  return current_device().capability >= Config::kCapability &&
+         current_device().shared_bytes >= shared_bytes;
+}
 
 // H100 and newer data-centre chips (227 KB of shared memory): 192 KB in three stages.
 using Huge = Config<384, 64, 3, 0, 2, 90>;

@@ -28,8 +28,7 @@ cudaError_t run(const ForwardParams& p, cudaStream_t stream) {
 
 template <typename Config>
 bool fits() {
-  return current_device().capability >= Config::kCapability &&
-         current_device().shared_bytes >= forward_shared_bytes<Config>(true);
+  return runs_here<Config>(forward_shared_bytes<Config>(true));
 }
 
 template <typename T>
