@@ -15,20 +15,20 @@ struct CandidateBuffers {
 };
 
 // A warp's buffer and the pool of the row block that it works on. Addresses are made where they are needed: registers are for
-// the accumulators. A thread's columns are looked at in kSections sections; a vote passes over those without any.
-template <int kWarps, int kEntries, int kSectionCount>
+// the accumulators. A thread's columns are behind kGateCount gates; a vote passes over those behind which nobody has any. Of
+// the others, kPairCount pairs get room at a time.
+template <int kWarps, int kEntries, int kGateCount, int kPairCount>
 struct CandidateSink {
-  static constexpr int kSections = kSectionCount;
+  static constexpr int kGates = kGateCount, kPairs = kPairCount;
+  static_assert(32 * 2 * kPairs <= kEntries);
   CandidateBuffers<kWarps, kEntries>& buffers;
   int warp, lane;
   const Candidates& to;
   int row_block;
 
-  // Room for `mine` entries of each lane, kMost at most. All lanes of the warp take part; no atomic unless the buffer is
+  // Room for `mine` entries of each lane, 2 kPairs at most. All lanes of the warp take part; no atomic unless the buffer is
   // full. Frequent ids are neighbours in many vocabularies: all of a lane's columns may well be candidates.
-  template <int kMost>
   __device__ __forceinline__ uint2* reserve(int mine) const {
-    static_assert(32 * kMost <= kEntries);
     int until = mine;  // of the lanes up to this one
 #pragma unroll
     for (int d = 1; d < 32; d *= 2) {

@@ -131,13 +131,14 @@ __device__ __forceinline__ float thread_max(const float (&acc)[kElements], int h
   return fmaxf(m0, m1);
 }
 
-// Σ 2^(scale acc - reference) over this thread's elements of a row.
+// Σ 2^(scale acc - reference) over this thread's elements of a row, or over some of their pairs.
 template <int kElements>
 __device__ __forceinline__ float thread_sum_exp2(const float (&acc)[kElements], int h, float scale,
-                                                 float reference) {
+                                                 float reference, int first = 0,
+                                                 int end = kElements / 4) {
   float s0 = 0.0f, s1 = 0.0f;
 #pragma unroll
-  for (int j = 0; j < kElements / 4; ++j) {
+  for (int j = first; j < end; ++j) {
     s0 += ptx::ex2(fmaf(acc[4 * j + 2 * h], scale, -reference));
     s1 += ptx::ex2(fmaf(acc[4 * j + 2 * h + 1], scale, -reference));
   }
@@ -155,14 +156,15 @@ struct RowSums {
   float extra = 0.0f;     // Σ w softcap'(z) if `capped`, else Σ z of columns that exist
 };
 
-// All of them in one pass: apart, the compiler would keep every w for the next one. A z of -inf weighs nothing.
+// All of them in one pass: apart, the compiler would keep every w for the next one. A z of -inf weighs nothing. Over all
+// pairs of this thread's elements, or some.
 template <typename Columns, bool kMetrics, int kElements>
 __device__ __forceinline__ RowSums thread_sums(const float (&z)[kElements], int h, float reference,
                                                bool capped, float inv_softcap, int first_col,
-                                               int cols) {
+                                               int cols, int first = 0, int end = kElements / 4) {
   RowSums s;
 #pragma unroll
-  for (int j = 0; j < kElements / 4; ++j) {
+  for (int j = first; j < end; ++j) {
 #pragma unroll
     for (int e = 0; e < 2; ++e) {
       const float x = z[4 * j + 2 * h + e];
@@ -176,39 +178,36 @@ __device__ __forceinline__ RowSums thread_sums(const float (&z)[kElements], int 
   return s;
 }
 
-// Offers the entries of one row of the pair that are at least `cut` to the sink. All lanes of the warp take part; top: the
-// largest of the row's elements in the quad; to_logit: factor from acc to z. A section of columns in which no lane has any,
-// the usual case, costs its maximum and a vote.
+// Offers the entries of one row of the pair that are at least `cut` to the sink. All lanes of the warp take part; open: bits of
+// the gates behind which any lane's may be, the same in all lanes. to_logit: factor from acc to z.
 template <typename Columns, typename Sink, int kElements>
-__device__ __forceinline__ void emit_candidates(const float (&acc)[kElements], int h, float top,
-                                                float cut, float to_logit, int first_col, int row,
-                                                const Sink& sink) {
-  if (!__any_sync(~0u, top >= cut)) return;
-  constexpr int kSections = Sink::kSections, kPairs = kElements / 4 / kSections;
-  static_assert(kElements % (4 * kSections) == 0);
+__device__ __forceinline__ void emit_candidates(const float (&acc)[kElements], int h, float cut,
+                                                float to_logit, int first_col, int row,
+                                                uint32_t open, const Sink& sink) {
+  constexpr int kEach = kElements / 4 / Sink::kGates, kPairs = Sink::kPairs;
+  static_assert(kElements % (4 * Sink::kGates) == 0 && kEach % kPairs == 0);
   const uint32_t key =
       static_cast<uint32_t>(row) << kCandidateIdBits | static_cast<uint32_t>(first_col);
 #pragma unroll
-  for (int s = 0; s < kSections; ++s) {
-    // In one chain: thread_max's two would cost kernels with all options spilled registers.
-    float largest = -INFINITY;
+  for (int g = 0; g < Sink::kGates; ++g) {
+    if (!(open >> g & 1)) continue;
 #pragma unroll
-    for (int j = s * kPairs; j < (s + 1) * kPairs; ++j)
-      largest = fmaxf(largest, fmaxf(acc[4 * j + 2 * h], acc[4 * j + 2 * h + 1]));
-    if (!__any_sync(~0u, largest >= cut)) continue;
-    int mine = 0;
+    for (int first = g * kEach; first < (g + 1) * kEach; first += kPairs) {
+      int mine = 0;
 #pragma unroll
-    for (int j = s * kPairs; j < (s + 1) * kPairs; ++j)
-      mine += (acc[4 * j + 2 * h] >= cut ? 1 : 0) + (acc[4 * j + 2 * h + 1] >= cut ? 1 : 0);
-    uint2* place = sink.template reserve<2 * kPairs>(mine);
-    if (mine == 0) continue;
+      for (int j = first; j < first + kPairs; ++j)
+        mine += (acc[4 * j + 2 * h] >= cut ? 1 : 0) + (acc[4 * j + 2 * h + 1] >= cut ? 1 : 0);
+      if (kPairs < kEach && !__any_sync(~0u, mine > 0)) continue;
+      uint2* place = sink.reserve(mine);
+      if (mine == 0) continue;
 #pragma unroll
-    for (int j = s * kPairs; j < (s + 1) * kPairs; ++j) {
+      for (int j = first; j < first + kPairs; ++j) {
 #pragma unroll
-      for (int e = 0; e < 2; ++e) {
-        const float x = acc[4 * j + 2 * h + e];
-        if (x >= cut)
-          *place++ = make_uint2(key + Columns::at(j) + e, __float_as_uint(x * to_logit));
+        for (int e = 0; e < 2; ++e) {
+          const float x = acc[4 * j + 2 * h + e];
+          if (x >= cut)
+            *place++ = make_uint2(key + Columns::at(j) + e, __float_as_uint(x * to_logit));
+        }
       }
     }
   }

@@ -32,63 +32,111 @@ __device__ __forceinline__ void reset_row(RowStates<kGroups, kBlockM>& s, int ro
   }
 }
 
-// Base-2 logit from which an entry of the row at `position` is a candidate; rows beyond the count have none.
-__device__ __forceinline__ float row_cut(const Candidates& want, const int32_t* row_order,
-                                         int position, int count) {
-  return position < count ? __ldg(want.bound2 + __ldg(row_order + position)) + want.log2_eps
-                          : INFINITY;
+// Lower bound of the lse, base 2, of the row at `position`; rows beyond the count have no mass.
+__device__ __forceinline__ float row_bound(const Candidates& want, const int32_t* row_order,
+                                           int position, int count) {
+  return position < count ? __ldg(want.bound2 + __ldg(row_order + position)) : INFINITY;
 }
 
-// Folds a row of a tile (already masked) into its state. h: which row of the pair; scale: base-2 logits are scale * acc;
-// bound_cut: its row_cut in training; sink: where candidates go.
+// Most that a row's sum over a tile may come to beside its reference.
+constexpr float kMostSum = 0x1p100f;
+// Lower bounds of the lse made of sums stay this far below, base 2, so that rounding never lifts them above it.
+constexpr float kBoundMargin = 0.01f;
+
+// Folds a row of a tile (already masked) into its state. h: which row of the pair; scale: base-2 logits are scale * acc.
+// In training, bound2: its row_bound; sink: where candidates go. There the reference of the exponentials is not the largest
+// logit so far but the bound, so that no pass looks for the tile's maximum (unless metrics want it); nor is one needed to
+// find candidates: columns behind a gate that add up to less than the threshold have none. Should a row lie so far above
+// its bound that a sum leaves float's range, its reference becomes the tile's maximum, and the sums are made again.
 template <Mode kMode, bool kTraining, typename Columns, int kElements, int kGroups, int kBlockM,
           typename Sink>
 __device__ __forceinline__ void fold_row(const float (&acc)[kElements], int h,
                                          RowStates<kGroups, kBlockM>& s, int group, int row,
                                          float scale, int launch_col, int first_col,
-                                         const LogitParams& p, const Partials& want,
-                                         float bound_cut, float log2_eps, const Sink& sink) {
+                                         const LogitParams& p, const Partials& want, float bound2,
+                                         float log2_eps, const Sink& sink) {
+  constexpr bool kBounded = kTraining && kMode == Mode::kPlain;
+  constexpr int kGates = kTraining ? Sink::kGates : 1, kEach = kElements / 4 / kGates;
   const float old = s.max[group][row];
-  __syncwarp();  // the whole quad has read it before one lane writes it
-  const float top = quad_max(thread_max(acc, h));
-  const RowState tile{top * scale, 0.0f};
-  const float max = fmaxf(old, tile.max), reference = finite_reference(max);
+  // In this mode alone there are registers for it.
+  const float before = kBounded ? s.sum[group][row] : 0.0f;
+  __syncwarp();  // the whole quad has read them before one lane writes them
   const bool writer = threadIdx.x % 4 == 0;
+  float top = 0.0f, max;
+  if constexpr (kBounded) {
+    max = fmaxf(old, finite_reference(bound2));
+  } else {
+    top = quad_max(thread_max(acc, h));
+    max = fmaxf(old, top * scale);
+  }
   const auto note_argmax = [&] {
     if (kMode != Mode::kMetrics || !want.weighted) return;
     const int at = quad_min(thread_find<Columns>(acc, h, first_col, top));
-    if (writer && tile.max > old) s.argmax[group][row] = at;
+    if (writer && max > old) s.argmax[group][row] = at;
   };
-  // Here or below: where it costs the kernel no spilled register.
-  if constexpr (kTraining) note_argmax();
-  RowSums part;
   bool more = false;
   if constexpr (kMode != Mode::kPlain)
     more = want.logit_sum || want.capped || (kMode == Mode::kMetrics && want.weighted);
-  if (more)
-    part = thread_sums<Columns, kMode == Mode::kMetrics>(acc, h, reference, want.capped,
-                                                         p.inv_softcap, first_col, p.cols);
-  else
-    part.sum = thread_sum_exp2(acc, h, scale, reference);
-  const float sum = quad_sum(part.sum), rescale = ptx::ex2(old - reference);
+  RowSums part;
+  uint32_t open = 0;  // gates behind which there may be candidates
+  float reference, rescale;
+#pragma unroll 1
+  for (bool again = false;; again = true) {
+    reference = finite_reference(max);
+    rescale = ptx::ex2(old - reference);
+    // What the unit has seen so far is a lower bound of the lse too.
+    const float least = kBounded ? fmaxf(ptx::ex2(bound2 - reference), before * rescale)
+                                 : ptx::ex2(fmaxf(bound2, old) - reference);
+    const float gate = least * ptx::ex2(log2_eps - kBoundMargin);
+    part = {};
+    open = 0;
+    const auto look_behind = [&](int g, float sum) {
+      if (kTraining && __any_sync(~0u, sum >= gate)) open |= 1u << g;
+      part.sum += sum;
+    };
+    if (more) {
+#pragma unroll
+      for (int g = 0; g < kGates; ++g) {
+        const RowSums behind = thread_sums<Columns, kMode == Mode::kMetrics>(
+            acc, h, reference, want.capped, p.inv_softcap, first_col, p.cols, g * kEach,
+            (g + 1) * kEach);
+        look_behind(g, behind.sum);
+        part.extra += behind.extra;
+        part.weighted += behind.weighted;
+      }
+    } else {
+#pragma unroll
+      for (int g = 0; g < kGates; ++g)
+        look_behind(g, thread_sum_exp2(acc, h, scale, reference, g * kEach, (g + 1) * kEach));
+    }
+    part.sum = quad_sum(part.sum);
+    if constexpr (!kBounded) break;
+    const bool beyond = !(part.sum < kMostSum);  // or no number
+    if (again || !__any_sync(~0u, beyond)) break;
+    const float largest = quad_max(thread_max(acc, h)) * scale;
+    if (beyond) max = fmaxf(max, largest);
+  }
   if (more) {
     const float extra = quad_sum(part.extra);
     if (writer) s.extra[group][row] = s.extra[group][row] * (want.capped ? rescale : 1.0f) + extra;
   }
-  if constexpr (!kTraining) note_argmax();
+  note_argmax();
   if (kMode == Mode::kMetrics && want.weighted) {
     const float weighted = quad_sum(part.weighted);
     if (writer) s.weighted[group][row] = s.weighted[group][row] * rescale + weighted;
   }
   if (writer) {
     s.max[group][row] = max;
-    s.sum[group][row] = s.sum[group][row] * rescale + sum;
+    s.sum[group][row] = s.sum[group][row] * rescale + part.sum;
   }
   if constexpr (kTraining) {
-    // What the unit has seen so far is a lower bound of the lse too. Never -inf: absent columns are.
-    const float cut = fmaxf(fmaxf(bound_cut, max + log2_eps), -FLT_MAX);
-    emit_candidates<Columns>(acc, h, top, cut / scale, scale / kLog2E, launch_col + first_col, row,
-                             sink);
+    if (open == 0) return;
+    // Never -inf: absent columns are.
+    const float seen =
+        kBounded ? reference + ptx::lg2(before * rescale + part.sum) - kBoundMargin : max;
+    const float cut = fmaxf(fmaxf(bound2, seen) + log2_eps, -FLT_MAX);
+    emit_candidates<Columns>(acc, h, cut * ptx::rcp(scale), scale / kLog2E, launch_col + first_col,
+                             row, open, sink);
   }
 }
 

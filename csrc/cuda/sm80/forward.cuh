@@ -19,6 +19,7 @@ template <typename Config>
 using States = RowStates<Config::kWarpsN, Config::kBlockM>;
 
 constexpr int kBufferedCandidates = 96;  // a warp: what is left on an A100
+constexpr int kGates = 4;                // a vote passes over a quarter of a thread's columns
 template <typename Config>
 using Buffers = CandidateBuffers<Config::kWarps, kBufferedCandidates>;
 
@@ -60,7 +61,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
     Cursor at = Places::get(shared, Places::kEpilogue, work, row_blocks);
     const int first = at.tile * Config::kBlockN + group * Config::kWarpN + Columns::first(thread);
     const bool ragged = (at.tile + 1) * Config::kBlockN > logits.cols;
-    const CandidateSink<Config::kWarps, kBufferedCandidates, Config::kAccumulators / 4> sink{
+    const CandidateSink<Config::kWarps, kBufferedCandidates, kGates, 1> sink{
         buffers, warp, thread % 32, candidates, at.row_block};
 #pragma unroll
     for (int m = 0; m < Config::kMmaM; ++m) {
@@ -72,11 +73,12 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
         const int row = warp_row + 16 * m + 8 * h;
-        float cut = 0.0f;
+        float bound = 0.0f;
         if constexpr (kTraining)
-          cut = row_cut(candidates, work.row_order, at.row_block * Config::kBlockM + row, count);
+          bound =
+              row_bound(candidates, work.row_order, at.row_block * Config::kBlockM + row, count);
         fold_row<kMode, kTraining, Columns>(acc[m], h, states, group, row, scale, first_col, first,
-                                            logits, out, cut, candidates.log2_eps, sink);
+                                            logits, out, bound, candidates.log2_eps, sink);
       }
     }
     const int row_block = at.row_block;

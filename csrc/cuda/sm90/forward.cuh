@@ -9,6 +9,7 @@
 #pragma once
 
 #include "cuda/common/row_states.cuh"
+#include "cuda/ptx/special.cuh"
 #include "cuda/sm90/mainloop.cuh"
 
 namespace cce::cuda::sm90 {
@@ -16,9 +17,9 @@ namespace cce::cuda::sm90 {
 using States = RowStates<1, Config::kBlockM>;
 
 constexpr int kBufferedCandidates = 768;  // a warp
-// Sections of a thread's columns that a vote passes over where no lane has a candidate; as many as registers allow.
+// Stretches of a thread's columns that a vote passes over where no lane has a candidate; as many as registers allow.
 template <Mode kMode>
-constexpr int kSections = kMode == Mode::kPlain ? 4 : 2;
+constexpr int kGates = kMode == Mode::kPlain ? 4 : 2;
 using Buffers = CandidateBuffers<4, kBufferedCandidates>;
 
 constexpr int kStatesAt = Config::kPipelineBytes + Config::kBarrierBytes;
@@ -46,14 +47,21 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
     if (kTraining && threadIdx.x < 4) buffers.count[threadIdx.x] = 0;
   };
   const float scale = kMode != Mode::kPlain ? kLog2E : logits.logit_scale * kLog2E;
-  const int warp_row = threadIdx.x % 128 / 32 * 16 + threadIdx.x % 32 / 4;
+  using Sink = CandidateSink<4, kBufferedCandidates, kGates<kMode>,
+                             Config::kAccumulators / 4 / kGates<kMode>>;
 
   const auto epilogue = [&](float (&acc)[Config::kMmaM][Config::kAccumulators], const Cursor& at) {
     const int first = at.tile * Config::kBlockN + PairedColumns::first();
     const bool ragged = (at.tile + 1) * Config::kBlockN > logits.cols;
-    const CandidateSink<4, kBufferedCandidates, kSections<kMode>> sink{
-        buffers, static_cast<int>(threadIdx.x) % 128 / 32, static_cast<int>(threadIdx.x) % 32,
-        candidates, at.row_block};
+    // What follows from the thread's number is made anew where it is used, so that it takes no register in between.
+    const auto first_row = [] {
+      const int thread = ptx::thread_again() % 128;
+      return thread / 32 * 16 + thread % 32 / 4;
+    };
+    const auto sink = [&]() -> Sink {
+      const int thread = ptx::thread_again() % 128;
+      return {buffers, thread / 32, thread % 32, candidates, at.row_block};
+    };
 #pragma unroll 1
     for (int m = 0; m < Config::kMmaM; ++m) {
       if constexpr (kMode != Mode::kPlain) {
@@ -63,25 +71,26 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
       }
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
-        const int row = warp_row + 64 * m + 8 * h;
-        float cut = 0.0f;
+        const int row = first_row() + 64 * m + 8 * h;
+        float bound = 0.0f;
         if constexpr (kTraining)
-          cut = row_cut(candidates, work.row_order, at.row_block * Config::kBlockM + row, count);
+          bound =
+              row_bound(candidates, work.row_order, at.row_block * Config::kBlockM + row, count);
         fold_row<kMode, kTraining, PairedColumns>(acc[0], h, states, 0, row, scale, first_col,
-                                                  first, logits, out, cut, candidates.log2_eps,
-                                                  sink);
+                                                  first, logits, out, bound, candidates.log2_eps,
+                                                  sink());
       }
 #pragma unroll
       for (int i = 0; i < Config::kAccumulators; ++i) acc[0][i] = acc[1][i];
     }
     if (!at.last_of_unit()) return;
-    if constexpr (kTraining) sink.flush();
+    if constexpr (kTraining) sink().flush();
     // Each row's quad has just written its state: its first lane goes on with it.
     __syncwarp();
     if (threadIdx.x % 4 != 0) return;
 #pragma unroll 1
     for (int i = 0; i < 2 * Config::kMmaM; ++i) {
-      const int row = warp_row + 64 * (i / 2) + 8 * (i % 2);
+      const int row = first_row() + 64 * (i / 2) + 8 * (i % 2);
       const int position = at.row_block * Config::kBlockM + row;
       write_partial<kMode>(states, row, out, int64_t{at.split()} * ld + position, first_col,
                            position < count);
