@@ -1,4 +1,4 @@
-// The order of the work: which rows and which columns each step of a persistent block takes.
+// The order of the work: which rows and which columns each step of a persistent block, or of a cluster of them, takes.
 //
 // A unit is one row block times one split (a run of consecutive column tiles). Units go rows first inside a superblock
 // of row blocks whose part of E stays in the second-level cache, then to the next split, then to the next superblock;

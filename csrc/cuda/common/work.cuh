@@ -17,10 +17,13 @@ struct Work {
   int tiles_per_split = 1;
   int splits = 1;
   int superblock = 1;
+  int cluster_bits =
+      0;  // 2 to this power neighbouring blocks take neighbouring row blocks of the same columns
 };
 
-// Where a block is in its stream of slices: unit, column tile, slice. Block b takes units b, b + gridDim.x, ...; what follows
-// from the work is not kept: registers are for the accumulators.
+// Where a block is in its stream of slices: unit, column tile, slice. Block b takes units b, b + gridDim.x, ..., or, in
+// clusters, cluster k of blocks takes units k, k + clusters, ..., of as many row blocks each, of which the last may not
+// exist. What follows from the work is not kept: registers are for the accumulators.
 struct Cursor {
   const Work& work;
   int row_blocks;  // with rows that count
@@ -29,7 +32,8 @@ struct Cursor {
   int tile = 0;  // column tile
   int slice = 0;
 
-  __device__ Cursor(const Work& w, int blocks) : work(w), row_blocks(blocks), unit(blockIdx.x) {
+  __device__ Cursor(const Work& w, int blocks)
+      : work(w), row_blocks(blocks), unit(static_cast<int>(blockIdx.x) >> w.cluster_bits) {
     enter();
   }
   // Where another one was.
@@ -57,12 +61,18 @@ struct Cursor {
   }
 
  private:
-  __device__ UnitOrder order() const { return {row_blocks, work.splits, work.superblock}; }
-  __device__ int next_unit() const { return unit + static_cast<int>(gridDim.x); }
+  __device__ UnitOrder order() const {
+    const int bits = work.cluster_bits;
+    return {(row_blocks + (1 << bits) - 1) >> bits, work.splits, work.superblock};
+  }
+  __device__ int next_unit() const {
+    return unit + (static_cast<int>(gridDim.x) >> work.cluster_bits);
+  }
   __device__ void enter() {
     if (done()) return;
     const Unit u = order().at(unit);
-    row_block = u.row_block;
+    const int bits = work.cluster_bits;
+    row_block = (u.row_block << bits) + (static_cast<int>(blockIdx.x) & ((1 << bits) - 1));
     tile = u.split * work.tiles_per_split;
   }
 };

@@ -1,4 +1,4 @@
-// Named barriers among some of a block's warps, and the share of registers of a warpgroup (sm_90).
+// Named barriers among some of a block's warps, the barrier of a cluster, and the share of registers of a warpgroup (sm_90).
 // PTX ISA, "Parallel Synchronization and Communication Instructions: bar" and "Miscellaneous Instructions: setmaxnreg".
 #pragma once
 
@@ -12,6 +12,13 @@ __device__ __forceinline__ void barrier_sync(int id, int threads) {
 // The same without waiting.
 __device__ __forceinline__ void barrier_arrive(int id, int threads) {
   asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+
+// Waits for all threads of all blocks of the cluster, and orders what they did before.
+// PTX ISA, "barrier.cluster".
+__device__ __forceinline__ void cluster_sync() {
+  asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::
+                   : "memory");
 }
 
 template <int kRegisters>

@@ -203,6 +203,7 @@ __device__ void set_plan(const ExactRowsParams& p, Plan<T>& plan, int row0, int 
   work.tiles_per_split = 1;
   work.splits = work.column_tiles;
   work.superblock = kExactRows / Config::kBlockM;
+  work.cluster_bits = 0;
   plan.logits = LogitParams(p.head.options, p.head.bias ? p.head.bias + col0 : nullptr, at.cols);
   plan.out = {plan.g, kExactCols, true, 0.0f};
   plan.records = p.rows + row0;

@@ -8,9 +8,10 @@ namespace {
 template <typename T, Epilogue kEpilogue>
 cudaError_t run(const BackwardParams& p, cudaStream_t stream) {
   // One column tile a unit: the finest grain, so that the last wave of a chunk is as full as it can be.
-  const Work work = make_work(p.head, p.n, 1, Config::kBlockM, Config::kBlockN);
+  Work work = make_work(p.head, p.n, 1, Config::kBlockM, Config::kBlockN);
+  pair_blocks(work, Config::kBlockM);
   Maps maps = {};
-  const cudaError_t error = make_maps(p.head, Config::kBlockM, Config::kBlockN, &maps);
+  const cudaError_t error = make_maps(p.head, Config::kBlockM, Config::kHalfN, &maps);
   if (error != cudaSuccess) return error;
   return launch<Config>(backward_mainloop<T, kEpilogue>, backward_shared_bytes(), work, stream,
                         maps, LogitParams(p.head.options, p.head.bias, p.head.c.rows), p.rows,

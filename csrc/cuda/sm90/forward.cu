@@ -7,9 +7,10 @@ namespace {
 
 template <typename T, Mode kMode, bool kTraining>
 cudaError_t run(const ForwardParams& p, cudaStream_t stream) {
-  const Work work = make_work(p.head, p.n, p.tiles_per_split, Config::kBlockM, Config::kBlockN);
+  Work work = make_work(p.head, p.n, p.tiles_per_split, Config::kBlockM, Config::kBlockN);
+  pair_blocks(work, Config::kBlockM);
   Maps maps = {};
-  const cudaError_t error = make_maps(p.head, Config::kBlockM, Config::kBlockN, &maps);
+  const cudaError_t error = make_maps(p.head, Config::kBlockM, Config::kHalfN, &maps);
   if (error != cudaSuccess) return error;
   return launch<Config>(forward_mainloop<T, kMode, kTraining>, forward_shared_bytes(kTraining),
                         work, stream, maps, LogitParams(p.head.options, p.head.bias, p.head.c.rows),

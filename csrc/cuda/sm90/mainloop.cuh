@@ -9,10 +9,14 @@
 // - Warpgroup 2 loads. Where every row counts, or there is a copy of E in the row order, one thread issues tensor copies for
 //   both tiles. Otherwise the rows of A are not neighbours: its 128 threads gather them by cp.async, 16 bytes each, a sixth
 //   slower in all, and B still comes by tensor copy.
+// Clusters: two blocks work on neighbouring row blocks of the same columns, unless there are few row blocks. Each loads its
+// own A tile and half of the B tile, which goes to both (multicast): a tile of C crosses the chip once for two blocks, and
+// they stay together whatever their epilogues take.
 // Barrier protocol: full[s] completes when the bytes of the stage are there: one arrival (which names the bytes of the
-// tensor copies), and in gather mode 128 more, when each thread's own cp.async have landed; whoever multiplies then orders
-// them before the tensor cores' reads (fence.proxy.async). empty[s] completes by one arrival, of the warpgroup that has
-// multiplied the stage, one slice late, when its products have been waited for. epilogue[w] completes by the 128 arrivals of
+// tensor copies, the other block's half included), and in gather mode 128 more, when each thread's own cp.async have landed;
+// whoever multiplies then orders them before the tensor cores' reads (fence.proxy.async). empty[s] completes by one arrival
+// of each block of the cluster, of the warpgroup that has multiplied the stage, one slice late, when its products have been
+// waited for: then both loaders may write there. Blocks of a cluster end together. epilogue[w] completes by the 128 arrivals of
 // the other warpgroup, before its first tile or after an epilogue: then warpgroup w may touch what both share. The named
 // barrier kProductTurn + w lets warpgroup w issue a tile's products, which touch nothing shared; the other one gives it.
 #pragma once
@@ -75,13 +79,26 @@ struct Pipeline {
 };
 
 // One thread, before anybody uses the barriers; the block then synchronises.
-__device__ __forceinline__ void init_barriers(const Pipeline& pipe, bool gather) {
+__device__ __forceinline__ void init_barriers(const Pipeline& pipe, const Work& work, bool gather) {
   for (int s = 0; s < Config::kStages; ++s) {
     ptx::mbarrier_init(pipe.full + 8 * s, gather ? 129 : 1);
-    ptx::mbarrier_init(pipe.empty + 8 * s, 1);
+    ptx::mbarrier_init(pipe.empty + 8 * s, 1 << work.cluster_bits);
   }
   for (int w = 0; w < Config::kConsumers; ++w) ptx::mbarrier_init(pipe.epilogue + 8 * w, 128);
   ptx::fence_mbarrier_init();
+}
+
+// A slice of a B tile: both halves, or, in a cluster, one of them for both blocks. row: the tile's first.
+__device__ __forceinline__ void load_b(const Work& work, const CUtensorMap* map, uint32_t to,
+                                       uint32_t full, int k, int row) {
+  if (work.cluster_bits > 0) {
+    const int rank = static_cast<int>(blockIdx.x) & 1;
+    ptx::tma_load_multicast(to + rank * Config::kHalfBytesB, map, full, k,
+                            row + rank * Config::kHalfN, 3);
+  } else {
+    ptx::tma_load(to, map, full, k, row);
+    ptx::tma_load(to + Config::kHalfBytesB, map, full, k, row + Config::kHalfN);
+  }
 }
 
 // Both tiles of every slice by tensor copies; one thread. compact: A tiles from the matrices in the row order.
@@ -91,6 +108,8 @@ __device__ __forceinline__ void load_tiles(const Work& work, const Maps& maps, c
   const CUtensorMap* const u = compact ? &maps.u_compact : &maps.u;
   Ring ring;
   for (Cursor at(work, row_blocks); !at.done(); at.next_tile()) {
+    // A cluster's last row block may not exist.
+    const int row = min(at.row_block, row_blocks - 1) * Config::kBlockM;
 #pragma unroll 1
     for (int s = 0; s < pipe.slices; ++s, ring.next()) {
       const bool low_rank = s >= pipe.slices_main;
@@ -98,9 +117,9 @@ __device__ __forceinline__ void load_tiles(const Work& work, const Maps& maps, c
       const uint32_t full = pipe.full + 8 * ring.stage;
       ptx::mbarrier_wait(pipe.empty + 8 * ring.stage, ring.phase ^ 1);
       ptx::mbarrier_arrive_expect(full, Config::kStageBytes);
-      ptx::tma_load(pipe.a(ring.stage), low_rank ? u : e, full, k, at.row_block * Config::kBlockM);
-      ptx::tma_load(pipe.b(ring.stage), low_rank ? &maps.lora_b : &maps.c, full, k,
-                    at.tile * Config::kBlockN);
+      ptx::tma_load(pipe.a(ring.stage), low_rank ? u : e, full, k, row);
+      load_b(work, low_rank ? &maps.lora_b : &maps.c, pipe.b(ring.stage), full, k,
+             at.tile * Config::kBlockN);
     }
   }
 }
@@ -130,8 +149,8 @@ __device__ __forceinline__ void gather_tiles(const Work& work, const Maps& maps,
       ptx::mbarrier_wait(pipe.empty + 8 * ring.stage, ring.phase ^ 1);
       if (thread == 0) {
         ptx::mbarrier_arrive_expect(full, Config::kBytesB);
-        ptx::tma_load(pipe.b(ring.stage), low_rank ? &maps.lora_b : &maps.c, full, k,
-                      at.tile * Config::kBlockN);
+        load_b(work, low_rank ? &maps.lora_b : &maps.c, pipe.b(ring.stage), full, k,
+               at.tile * Config::kBlockN);
       }
       const T* from = static_cast<const T*>(a.data) + k + piece * 8;
       const bool beyond = k + piece * 8 >= a.cols;
@@ -146,11 +165,22 @@ __device__ __forceinline__ void gather_tiles(const Work& work, const Maps& maps,
   ptx::cp_async_wait<0>();
 }
 
-// One tile's product added to acc, from the stage at `ring` on. gather: A was written by ordinary copies. Gives the turn to the other warpgroup.
+// One tile's product added to acc, from the stage at `ring` on. gather: A was written by ordinary copies. Gives the turn to
+// the other warpgroup.
 template <typename T>
 __device__ __forceinline__ void multiply(float (&acc)[Config::kMmaM][Config::kAccumulators],
-                                         const Pipeline& pipe, Ring& ring, bool gather, int other) {
-  const bool releases = threadIdx.x % 128 == 0;
+                                         const Work& work, const Pipeline& pipe, Ring& ring,
+                                         bool gather, int other) {
+  // A thread for each block of the cluster.
+  const bool releases = threadIdx.x % 128 < 1u << work.cluster_bits;
+  const auto release = [&](int stage) {
+    const uint32_t empty = pipe.empty + 8 * stage;
+    if (!releases) return;
+    if (work.cluster_bits > 0)
+      ptx::mbarrier_arrive_at(empty, threadIdx.x % 128);
+    else
+      ptx::mbarrier_arrive(empty);
+  };
   int last = 0;
 #pragma unroll 1
   for (int s = 0; s < pipe.slices; ++s) {
@@ -168,14 +198,14 @@ __device__ __forceinline__ void multiply(float (&acc)[Config::kMmaM][Config::kAc
     ptx::wgmma_commit();
     if (s > 0) {
       ptx::wgmma_wait<1>();
-      if (releases) ptx::mbarrier_arrive(pipe.empty + 8 * last);
+      release(last);
     }
     last = ring.stage;
     ring.next();
   }
   ptx::barrier_arrive(kProductTurn + other, 256);
   ptx::wgmma_wait<0>();
-  if (releases) ptx::mbarrier_arrive(pipe.empty + 8 * last);
+  release(last);
 }
 
 // What the accumulators of a tile start from: zero, or the bias of their columns.
@@ -218,7 +248,7 @@ __device__ __forceinline__ void consume(const Work& work, const Pipeline& pipe, 
     start_accumulators(acc, bias, at.tile * Config::kBlockN + PairedColumns::first(),
                        static_cast<int>(work.c.rows));
     ptx::barrier_sync(kProductTurn + mine, 256);
-    multiply<T>(acc, pipe, ring, gather, other);
+    multiply<T>(acc, work, pipe, ring, gather, other);
     ptx::mbarrier_wait(pipe.epilogue + 8 * mine, step >> 1 & 1);
     epilogue(acc, at);
     ptx::mbarrier_arrive(pipe.epilogue + 8 * other);
@@ -233,9 +263,15 @@ __device__ __forceinline__ void run_block(const Work& work, const Maps& maps, ui
   const Pipeline pipe(ptx::shared_address(shared), work);
   const int row_blocks = (count + Config::kBlockM - 1) / Config::kBlockM;
   const bool all = count == work.e.rows, gather = !all && !work.compact;
-  if (threadIdx.x == 0) init_barriers(pipe, gather);
+  if (threadIdx.x == 0) init_barriers(pipe, work, gather);
   prepare();
-  __syncthreads();
+  const auto sync = [&] {
+    if (work.cluster_bits > 0)
+      ptx::cluster_sync();
+    else
+      __syncthreads();
+  };
+  sync();
   if (threadIdx.x / 128 == Config::kConsumers) {
     ptx::give_registers<Config::kProducerRegisters>();
     if (gather) {
@@ -246,6 +282,11 @@ __device__ __forceinline__ void run_block(const Work& work, const Maps& maps, ui
   } else {
     ptx::take_registers<Config::kConsumerRegisters>();
     consume<T>(work, pipe, row_blocks, gather, bias, epilogue);
+  }
+  // The other block of the cluster may still arrive at barriers of this one.
+  if (work.cluster_bits > 0) {
+    __syncwarp();
+    ptx::cluster_sync();
   }
 }
 
