@@ -24,7 +24,7 @@ from cce_ext.sparse.tail import GROUP, TILT_IDS, groups
 
 # As in csrc/torch/cuda_call.h: partials of the splits at most, converted adapter rows of a launch.
 _PARTIAL_BYTES = 12 << 20
-_PACK_BYTES = 64 << 20
+_PACK_BYTES = 128 << 20
 
 
 def forward_peaks(

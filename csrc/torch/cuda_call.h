@@ -16,7 +16,7 @@ namespace cce::torch_api {
 
 using cuda::kGroupCols;
 // Bytes of a classifier chunk that has to be copied to be readable by the kernels.
-inline constexpr int64_t kPackBytes = int64_t{64} << 20;
+inline constexpr int64_t kPackBytes = int64_t{128} << 20;
 // Bytes of (max, sum) partials that a call may take for the sake of an even load.
 inline constexpr int64_t kPartialBytes = int64_t{12} << 20;
 
