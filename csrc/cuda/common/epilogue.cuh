@@ -15,7 +15,7 @@
 
 namespace cce::cuda {
 
-constexpr float kLog2E = 1.4426950408889634f;
+constexpr float kLog2E = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
 
 struct DeviceMath {
   // 1 - 2 / (e^2x + 1): absolute error about 1e-7, at both ends the exact limits.

@@ -8,7 +8,6 @@ namespace cce::cuda {
 namespace {
 
 constexpr int kRows = 32, kParts = 8;
-constexpr float kLn2 = 0.6931471805599453f;
 
 __device__ void write_ignored(const FinishParams& p, int64_t row) {
   p.nll[row] = 0.0f;

@@ -135,8 +135,9 @@ __device__ __forceinline__ void fold_row(const float (&acc)[kElements], int h,
     const float seen =
         kBounded ? reference + ptx::lg2(before * rescale + part.sum) - kBoundMargin : max;
     const float cut = fmaxf(fmaxf(bound2, seen) + log2_eps, -FLT_MAX);
-    emit_candidates<Columns>(acc, h, cut * ptx::rcp(scale), scale / kLog2E, launch_col + first_col,
-                             row, open, sink);
+    const float to_logit = kMode == Mode::kPlain ? scale * kLn2 : 1.0f;
+    emit_candidates<Columns>(acc, h, cut * ptx::rcp(scale), to_logit, launch_col + first_col, row,
+                             open, sink);
   }
 }
 
