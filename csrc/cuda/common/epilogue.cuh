@@ -110,6 +110,9 @@ struct RowState {
   float sum = 0.0f;
 };
 
+// Lower bounds of the lse made of sums stay this far below, base 2, so that rounding never lifts them above it.
+constexpr float kBoundMargin = 0.01f;
+
 __device__ __forceinline__ float finite_reference(float max) {
   return max == -INFINITY ? 0.0f : max;
 }

@@ -40,8 +40,6 @@ __device__ __forceinline__ float row_bound(const Candidates& want, const int32_t
 
 // Most that a row's sum over a tile may come to beside its reference.
 constexpr float kMostSum = 0x1p100f;
-// Lower bounds of the lse made of sums stay this far below, base 2, so that rounding never lifts them above it.
-constexpr float kBoundMargin = 0.01f;
 
 // Folds a row of a tile (already masked) into its state. h: which row of the pair; scale: base-2 logits are scale * acc.
 // In training, bound2: its row_bound; sink: where candidates go. There the reference of the exponentials is not the largest
@@ -69,11 +67,6 @@ __device__ __forceinline__ void fold_row(const float (&acc)[kElements], int h,
     top = quad_max(thread_max(acc, h));
     max = fmaxf(old, top * scale);
   }
-  const auto note_argmax = [&] {
-    if (kMode != Mode::kMetrics || !want.weighted) return;
-    const int at = quad_min(thread_find<Columns>(acc, h, first_col, top));
-    if (writer && max > old) s.argmax[group][row] = at;
-  };
   bool more = false;
   if constexpr (kMode != Mode::kPlain)
     more = want.logit_sum || want.capped || (kMode == Mode::kMetrics && want.weighted);
@@ -120,8 +113,9 @@ __device__ __forceinline__ void fold_row(const float (&acc)[kElements], int h,
     const float extra = quad_sum(part.extra);
     if (writer) s.extra[group][row] = s.extra[group][row] * (want.capped ? rescale : 1.0f) + extra;
   }
-  note_argmax();
   if (kMode == Mode::kMetrics && want.weighted) {
+    const int at = quad_min(thread_find<Columns>(acc, h, first_col, top));
+    if (writer && max > old) s.argmax[group][row] = at;
     const float weighted = quad_sum(part.weighted);
     if (writer) s.weighted[group][row] = s.weighted[group][row] * rescale + weighted;
   }

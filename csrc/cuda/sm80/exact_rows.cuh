@@ -188,6 +188,7 @@ __device__ void set_plan(const ExactRowsParams& p, Plan<T>& plan, int row0, int 
   plan.g = reinterpret_cast<T*>(plan.sums + exact_sums(p.n, widths));
   plan.lora_b = plan.g + rows_at_a_time(p.n) * kExactCols;
   Work& work = plan.work;
+  work = {};  // shared memory: whatever is not set below has its default
   work.e = p.head.e;
   work.u = p.head.u;
   work.c = p.head.c;
@@ -203,7 +204,6 @@ __device__ void set_plan(const ExactRowsParams& p, Plan<T>& plan, int row0, int 
   work.tiles_per_split = 1;
   work.splits = work.column_tiles;
   work.superblock = kExactRows / Config::kBlockM;
-  work.cluster_bits = 0;
   plan.logits = LogitParams(p.head.options, p.head.bias ? p.head.bias + col0 : nullptr, at.cols);
   plan.out = {plan.g, kExactCols, true, 0.0f};
   plan.records = p.rows + row0;

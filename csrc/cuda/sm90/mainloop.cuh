@@ -265,13 +265,10 @@ __device__ __forceinline__ void run_block(const Work& work, const Maps& maps, ui
   const bool all = count == work.e.rows, gather = !all && !work.compact;
   if (threadIdx.x == 0) init_barriers(pipe, work, gather);
   prepare();
-  const auto sync = [&] {
-    if (work.cluster_bits > 0)
-      ptx::cluster_sync();
-    else
-      __syncthreads();
-  };
-  sync();
+  if (work.cluster_bits > 0)
+    ptx::cluster_sync();
+  else
+    __syncthreads();
   if (threadIdx.x / 128 == Config::kConsumers) {
     ptx::give_registers<Config::kProducerRegisters>();
     if (gather) {

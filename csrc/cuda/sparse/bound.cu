@@ -7,8 +7,6 @@ namespace {
 
 constexpr int kThreads = 128;
 constexpr int kTop = 8;  // the largest strided logits stand for themselves alone
-// The bound stays this far below (base 2), so that rounding never lifts it above the lse itself.
-constexpr float kMargin = 0.01f;
 
 __device__ __forceinline__ float warp_max(float x) {
 #pragma unroll
@@ -121,7 +119,7 @@ __global__ void __launch_bounds__(kThreads) bound_kernel(const __grid_constant__
   const float* products = p.products + row * p.columns;
   const float stride = static_cast<float>(p.vocab) / static_cast<float>(p.strided);
   float bound = least_mass(estimate_strided(p, products), add_sampled(p, products), stride);
-  bound = fmaxf(bound, p.target_logit[row] * kLog2E) - kMargin;
+  bound = fmaxf(bound, p.target_logit[row] * kLog2E) - kBoundMargin;
   if (threadIdx.x % 32 == 0) p.bound2[row] = bound;
 }
 
