@@ -20,7 +20,7 @@ from cce_ext.sparse.forward import (
     candidate_capacity,
     kept_capacity,
 )
-from cce_ext.sparse.tail import GROUP, TILT_IDS, groups
+from cce_ext.sparse.tail import CLASSES, GROUP, TILT_IDS, groups, sample_size
 
 # As in csrc/torch/cuda_call.h: partials of the splits at most, converted adapter rows of a launch.
 _PARTIAL_BYTES = 12 << 20
@@ -44,15 +44,16 @@ def forward_peaks(
     adapter = 0
     if r and converts:
         adapter = min(v, max(1, _PACK_BYTES // (2 * r * GROUP)) * GROUP) * 2 * r
+    levels = v * sample_size(n, v)  # of the sampled rows' logits
     pairs = 8 * kept  # keys and logits; a sort's workspace is another copy
     ids = 4 * kept  # so are rows and an order
     return {
         "bounds": 2 * columns * (d + 3 * r) + products,
-        "pass over the vocabulary": pool + partials + copies + adapter,
-        "selection": pool + partials + pairs,
-        "sort by row": partials + pairs + 3 * ids,
-        "sort by column": partials + pairs + 4 * ids + pairs,
-        "result": 4 * ids + 4 * n * groups(v) + 8 * HOT_IDS,
+        "pass over the vocabulary": pool + partials + levels + copies + adapter,
+        "selection": pool + partials + levels + pairs,
+        "sort by row": partials + levels + pairs + 3 * ids,
+        "sort by column": partials + levels + pairs + 4 * ids + pairs,
+        "result": 4 * ids + 4 * n * groups(v) + 8 * HOT_IDS + 4 * CLASSES * v,
     }
 
 

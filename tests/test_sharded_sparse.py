@@ -186,9 +186,10 @@ def test_splits_of_a_group_are_merged(v: int, parts: int) -> None:
         )
         return largest, *sums
 
-    none = torch.empty(0)
+    none = Found(*(torch.empty(0) for _ in Found._fields))
     largest, total, capped = partials(tail.GROUP // parts)
-    merged = _by_groups(Found(torch.stack([largest, total], -1), capped, none, none), v)
+    found = none._replace(max_sum=torch.stack([largest, total], -1), capped=capped)
+    merged = _by_groups(found, v)
     expected = partials(tail.GROUP)
     for got, truth in zip((*merged.max_sum.unbind(-1), merged.capped), expected, strict=True):
         torch.testing.assert_close(got, truth)
@@ -202,6 +203,7 @@ class Kernels:
         for name in ("bound", "collect", "select", "share", "backward"):
             self.library.impl(f"sparse_ce_{name}", getattr(self, name), "CPU")
         self.library.impl("sort_kept", self.sort, "CPU")
+        self.library.impl("level_sums", self.sums, "CPU")
         self.calls: list[str] = []
 
     def reference(
@@ -219,6 +221,8 @@ class Kernels:
         )
 
     def bound(self, *call: Any) -> tuple[Tensor, ...]:
+        *call, eps = call
+        assert eps == EPS
         self.call = call
         e, c, _, bias, u, lora_b, *options, _, _ = call
         known = []
@@ -226,10 +230,10 @@ class Kernels:
         self.reference(None, None, lse, lambda x: known.append(x) or x, lambda x: x)
         (own,) = known
         n = torch.zeros(e.shape[0])
-        return n.int(), n[:1].int(), torch.zeros_like(own), own / math.log(2)
+        return n.int(), n[:1].int(), torch.zeros_like(own), own / math.log(2), torch.ones_like(own)
 
     def collect(self, *call: Any) -> tuple[Tensor, ...]:
-        *inputs, eps, _, _, target_logit, bound2 = call
+        *inputs, eps, _, _, target_logit, bound2, _ = call
         assert eps == EPS
         nll, lse, own, *others = torch.ops.cce.linear_ce_forward(*inputs, False)
         target_logit.copy_(own)
@@ -239,13 +243,17 @@ class Kernels:
         return (nll, lse, *others, *found)
 
     def select(self, *call: Any) -> tuple[Tensor, ...]:
-        self.lse = call[6]
+        self.lse = call[7]
         return tuple(torch.zeros(1) for _ in Selected._fields)
 
     def sort(self, *call: Any) -> tuple[Tensor, ...]:
         assert self.pool.expired(), "the pool takes memory while the lists are sorted"
         known = ("row_first", "hot_ids", "slots", "row_order", "tally")
+        known += ("sample", "sample_weight", "classes", "tail_sums")
         return tuple(torch.zeros(1) for name in Lists._fields if name not in known)
+
+    def sums(self, *call: Any) -> tuple[Tensor, ...]:
+        return torch.zeros(1), torch.zeros(1)
 
     def share(self, dnll, dlse, targets, lists, ignore_index) -> Tensor:
         known = []

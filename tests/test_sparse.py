@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -237,9 +238,6 @@ def test_rows_that_drop_next_to_nothing() -> None:
     assert all(torch.isfinite(x).all() for x in found[:3])
     assert problem.errors(found)["e"] < 1e-4
     assert found.dropped_share >= 0
-    for n in (4, 300):
-        sample = tail.sample_rows(torch.ones(n), torch.full((n,), 1e-44))
-        assert (sample.weight == 0).all()
 
 
 def test_shapes_are_normal_in_every_group() -> None:
@@ -310,6 +308,54 @@ def test_products_of_the_tail(dtype: torch.dtype, smoothing: float) -> None:
     assert error(tail.column_sum(spread), without) < 1e-5
 
 
+@pytest.mark.parametrize("n", [0, 1, 40, 100, 101, 700, 5000])
+def test_drawn_rows_stand_for_all(n: int) -> None:
+    g = torch.Generator().manual_seed(n)
+    size, share = 100, torch.rand(n, generator=g).square().clamp(min=tail.LEAST_SHARE)
+    valid = torch.rand(n, generator=g) < 0.9
+    rows, weight = tail.draw_rows(share, valid, size)
+    used = weight > 0
+    drawn = rows[used]
+    assert len(rows) == len(weight) == size
+    assert valid[drawn].all()
+    assert (drawn.diff() > 0).all(), "ascending, none twice"
+    assert not used[len(drawn) :].any()
+    count = int(valid.sum())
+    if count <= size:
+        assert torch.equal(drawn, valid.nonzero()[:, 0])
+        assert (weight[used] == 1).all()
+        return
+    # Each draw stands for an equal part of what all drop.
+    draws = (weight * share[rows]).round()
+    assert draws.sum() == size
+    expected = share[drawn] * size / share[valid].sum()
+    assert ((draws[used] - expected).abs() < 1).all()
+
+
+def test_rows_that_drop_much_are_drawn_more_than_once() -> None:
+    share = torch.full((1000,), tail.LEAST_SHARE)
+    share[[3, 700]] = 1.0
+    rows, weight = tail.draw_rows(share, torch.ones(1000, dtype=torch.bool), 100)
+    total = (998 * tail.LEAST_SHARE + 2) / 100
+    for row in (3, 700):
+        assert weight[rows == row].item() == pytest.approx(1 / total, abs=1)
+
+
+def test_written_logits() -> None:
+    bound = torch.tensor([3.0, -20.0], dtype=F64)
+    z = bound[:, None] + torch.linspace(-40, 12, 2000, dtype=F64) * math.log(2)
+    z[:, 0] = -torch.inf
+    written = tail.levels(z, bound)
+    assert (written == written.round()).all()
+    assert written.min() == 0
+    assert written.max() == 255
+    back = tail.level_logits(written, bound)
+    inside = (written > 0) & (written < 255)
+    assert inside.sum() > 1000
+    assert (back - z)[inside].abs().max() <= math.log(2) / 16 + 1e-9
+    assert (back[written == 0] == -torch.inf).all()
+
+
 def test_sampled_ids_follow_the_tail() -> None:
     vocab, count = 3 * tail.GROUP + 100, 1000
     sums = torch.rand(tail.CLASSES, vocab, dtype=F64)
@@ -335,7 +381,8 @@ def test_the_tilt_leaves_every_mass_alone() -> None:
     mass[::5] = 0
     mass[:, 1] *= torch.rand(n, generator=g) > 0.5
     classes = torch.randint(tail.CLASSES, (n,), generator=g)
-    sample = tail.sample_rows(torch.ones(n, dtype=F64), mass.sum(1))
+    share = torch.rand(n, generator=g, dtype=F64).clamp(min=tail.LEAST_SHARE)
+    sample = tail.draw_rows(share, torch.ones(n, dtype=torch.bool), 30)
     z = 3 * torch.randn(n, count, generator=g, dtype=F64)
     tilt = tail.tilt(z, known, tail.Rows(classes, mass, sample))
     assert (tilt[mass.sum(1) == 0] == 0).all()

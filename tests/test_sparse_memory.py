@@ -24,13 +24,16 @@ class Kernels:
 
     def __init__(self) -> None:
         self.library = torch.library.Library("cce", "IMPL")
-        for name in ("training_forward", "select_kept", "sort_kept"):
+        for name in ("draw_rows", "training_forward", "select_kept", "sort_kept", "level_sums"):
             self.library.impl(name, getattr(self, name), "CPU")
         self.pool: StorageWeakRef | None = None
         self.calls: list[str] = []
 
+    def draw_rows(self, *call: Any) -> tuple[Tensor, ...]:
+        return torch.zeros(1), torch.zeros(2, dtype=torch.long), torch.zeros(2)
+
     def training_forward(self, *call: Any) -> tuple[Tensor, ...]:
-        results = [torch.zeros(1) for _ in range(10)]
+        results = [torch.zeros(1) for _ in range(11)]
         self.pool = StorageWeakRef(results[8].untyped_storage())
         return tuple(results)
 
@@ -44,6 +47,11 @@ class Kernels:
         self.calls.append("sort")
         return tuple(torch.zeros(1) for _ in range(8))
 
+    def level_sums(self, *call: Any) -> tuple[Tensor, ...]:
+        assert self.pool.expired()
+        self.calls.append("sums")
+        return torch.zeros(1), torch.zeros(2)
+
 
 @pytest.fixture
 def kernels() -> Iterator[Kernels]:
@@ -56,13 +64,13 @@ def test_candidates_are_gone_before_the_sort(
     kernels: Kernels, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bounds = Bounds(*(torch.zeros(1) for _ in Bounds._fields))
-    monkeypatch.setattr(sparse_forward, "bound_rows", lambda call: bounds)
+    monkeypatch.setattr(sparse_forward, "bound_rows", lambda call, eps: bounds)
     e, c, targets = torch.zeros(2, 8), torch.zeros(20, 8), torch.zeros(2, dtype=torch.long)
     call = sparse_forward.prepare(e, c, targets, None, None, None, -100, 0.0, 1.0, 0.0, 0, 0)
     assert call.vocab_total == 20
     results = sparse_forward.forward(call, False, 2.0**-13)
     assert len(results) == 7 + len(Lists._fields)
-    assert kernels.calls == ["select", "sort"]
+    assert kernels.calls == ["select", "sort", "sums"]
 
 
 @pytest.mark.parametrize("eps", [2.0**-13, 2.0**-15])

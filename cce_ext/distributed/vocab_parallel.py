@@ -194,9 +194,9 @@ class _ShardedLoss(torch.autograd.Function):
         if kernels.filter is not None:
             v = c.shape[0]
             selected = shard.select_shard(bounds, found, lse, targets, v, ctx.options, eps)
-            sums = found[:2]
-            del found  # frees the pool
-            lists = sort_entries(bounds, *sums, selected, lse, v, options.softcap)
+            found = found._replace(pool=None)  # frees it
+            place = (options.ignore_index, start, vocab_total, eps)
+            lists = sort_entries(bounds, found, selected, lse, targets, v, options.softcap, *place)
         ctx.save_for_backward(*inputs, lse, *lists)
         ctx.set_materialize_grads(False)
         return nll, lse
@@ -238,7 +238,8 @@ def _whole_bounds(
         e = inputs[0]
         _gather(e.new_full((1, e.shape[0]), -torch.inf, dtype=torch.float32), group)
         return None
-    bounds = Bounds(*torch.ops.cce.sparse_ce_bound(*inputs, *options))
+    eps = kernels.filter.eps
+    bounds = Bounds(*torch.ops.cce.sparse_ce_bound(*inputs, *options, eps))
     ranks = _gather(bounds.bound2[None], group)[:, 0] * math.log(2)
     return bounds._replace(bound2=torch.logsumexp(ranks, 0) / math.log(2))
 

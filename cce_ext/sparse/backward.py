@@ -14,11 +14,6 @@ from cce_ext.options import LossOptions
 from cce_ext.sparse import history, products, tail
 from cce_ext.sparse.forward import Lists
 
-# Bytes of a chunk of the sampled rows' tails.
-_TAIL_BYTES = 96 << 20
-# Lifts the sampled tails, whose rows add up to about 1, out of float16's smallest numbers.
-_LIFT = 2.0**10
-
 
 class _Call(NamedTuple):
     """One backward: inputs as the kernels read them, upstream gradients by row, options."""
@@ -103,12 +98,10 @@ def _sparse(
     total = vocab_total or vocab_start + c.shape[0]
     half = e.dtype == torch.float16  # in bfloat16 no factor needs a unit
     # From here on a and d are those of the sparse rows.
-    exact, exact_share, d_all, sample, weight, order, count, units = (
-        torch.ops.cce.backward_sample_(
-            a, d, row_mass, share, targets, lists.exact_rows, ignore_index, tail.FLAT,
-            tail.sample_size(targets.shape[0]), abs(logit_scale) if half else 0.0,
-            abs(logit_scale) * label_smoothing / total * tail.GROUP,
-        )
+    exact, exact_share, d_all, order, count, units = torch.ops.cce.backward_rows_(
+        a, d, row_mass, share, targets, lists.exact_rows, ignore_index, tail.FLAT,
+        abs(logit_scale) if half else 0.0,
+        abs(logit_scale) * label_smoothing / total * tail.GROUP,
     )  # fmt: skip
     diagnostics.record_backward(lists.tally, share, exact)
     # Batches of about this size: few rows are flat more often than many.
@@ -139,8 +132,8 @@ def _sparse(
     rows_of = [(need_e, call.c, e), (need_u and u is not None, call.lora_b, u)]
     columns_of = [(need_c, call.e, c), (need_lora_b and lora_b is not None, call.u, lora_b)]
     factors, dbias = _factors(
-        call, lists, a, d, row_mass, tail.Sample(sample, weight), units,
-        any(need for need, *_ in rows_of), need_bias and bias is not None,
+        call, lists, a, d, row_mass, units, any(need for need, *_ in rows_of),
+        need_bias and bias is not None,
     )  # fmt: skip
     weights = torch.ops.cce.entry_weights(
         lists.row_first, lists.rows, lists.ids, lists.logits, a, d, call.lse,
@@ -182,38 +175,26 @@ def _factors(
     a: Tensor,
     d: Tensor,
     row_mass: Tensor,
-    sample: tail.Sample,
     units: Tensor,
     need_rows: bool,
     need_bias: bool,
 ) -> tuple[products.Factors, Tensor | None]:
-    """The tail of every row, from the sampled rows' logits: what they drop, by class. Columns of
-    hot ids are zeros. With its tilt, if gradients by rows are needed; if that by the bias is, what
-    the tail adds to it."""
-    o, rows = call.options, sample.rows
-    e, u, order, count, records = torch.ops.cce.tail_rows(
-        rows, sample.weight, _LIFT, call.e, call.u, call.lse, call.targets, o.label_smoothing,
-        o.ignore_index, call.c.shape[0], *call.vocab,
-    )  # fmt: skip
-    u = None if call.u is None else u
-    step = max(1, rows.shape[0] // tail.CLASSES)
-    anchors = slice(0, step * tail.CLASSES, step)
-    scores = torch.mm(call.e, e[anchors].T, out_dtype=torch.float32)
-    if u is not None:
-        scores = torch.addmm(scores, call.u, u[anchors].T, out_dtype=torch.float32)
+    """The tail of every row, in the shape of what the sampled rows of its class drop. Columns of hot
+    ids are zeros. With its tilt, if gradients by rows are needed; if that by the bias is, what the
+    tail adds to it."""
+    o, classes, sums = call.options, lists.classes, lists.tail_sums
     smoothing = o.label_smoothing > 0
     uniform = -o.logit_scale * o.label_smoothing / call.vocab[1]  # of d, by entry
-    of_rows, classes, member = torch.ops.cce.tail_classes(
-        scores, call.e, a, d, lists.mass, rows, units, tail.TILT_IDS if need_rows else 0,
+    of_rows = torch.ops.cce.tail_factors(
+        classes, call.e, a, d, lists.mass, units, tail.TILT_IDS if need_rows else 0,
         lists.hot_ids.shape[0], o.logit_scale, uniform * tail.GROUP if smoothing else None,
     )  # fmt: skip
-    sums = _sampled_tails(call._replace(e=e, u=u), order, count, records, member)
     shape, totals = torch.ops.cce.tail_shapes(sums, call.e, tail.SHARED, smoothing)
     tilted = lists.hot_ids[:0]
     if need_rows:
         tilted, first = torch.ops.cce.tilt_ids(sums, totals, tail.TILT_IDS)
         columns = of_rows[:, : tail.TILT_IDS]
-        _tilt(columns, call, tilted, first, classes, sample, row_mass, lists.mass, a, units)
+        _tilt(columns, call, lists, tilted, first, row_mass, a, units)
     dbias = None
     if need_bias:  # not of rounded numbers
         mass = lists.mass * (a * o.logit_scale)[:, None]
@@ -226,12 +207,10 @@ def _factors(
 def _tilt(
     out: Tensor,
     call: _Call,
+    lists: Lists,
     ids: Tensor,
     first: Tensor,
-    classes: Tensor,
-    sample: tail.Sample,
     row_mass: Tensor,
-    mass: Tensor,
     a: Tensor,
     units: Tensor,
 ) -> None:
@@ -240,34 +219,10 @@ def _tilt(
     if call.lora_b is not None:
         torch.addmm(out, call.u, call.lora_b[ids].T, out=out)
     torch.ops.cce.tilt_(
-        out, ids, first, classes, *sample, row_mass, mass, a, call.bias, call.options.softcap,
-        call.options.logit_scale, tail.SHARED, tail.TILT, tail.TILT_DAMPING, units,
+        out, ids, first, lists.classes, lists.sample, lists.sample_weight, row_mass, lists.mass, a,
+        call.bias, call.options.softcap, call.options.logit_scale, tail.SHARED, tail.TILT,
+        tail.TILT_DAMPING, units,
     )  # fmt: skip
-
-
-def _sampled_tails(
-    call: _Call, order: Tensor, count: Tensor, records: Tensor, member: Tensor
-) -> Tensor:
-    """(K, V): what the sampled rows drop, times their weight, summed by class; call: of these rows
-    alone, R of them; member (K, R) ones and zeros."""
-    v, size, o = call.c.shape[0], order.shape[0], call.options
-    sums = torch.empty(member.shape[0], v, device=order.device, dtype=torch.float32)
-    tile = torch.ops.cce.column_tile(call.e)
-    step = max(tile, _TAIL_BYTES // (2 * size) // tile * tile)
-    width = -(-min(step, v) // 8) * 8
-    buffer = torch.empty(size, width, device=order.device, dtype=call.e.dtype)
-    for first in range(0, v, step):
-        columns = slice(first, min(first + step, v))
-        part = buffer[:, : columns.stop - first]
-        torch.ops.cce.dlogits_(
-            part, call.e, call.c[columns],
-            None if call.bias is None else call.bias[columns],
-            call.u, None if call.lora_b is None else call.lora_b[columns],
-            order, count, records, first, o.softcap, o.logit_scale, o.label_smoothing,
-            tail_eps=call.eps,
-        )  # fmt: skip
-        torch.mm(member, part, out_dtype=torch.float32, out=sums[:, columns])
-    return sums
 
 
 def _rows_of_adapter(lora_b: Tensor, dtype: torch.dtype) -> Tensor:

@@ -1,8 +1,9 @@
 """The training forward on CUDA: the loss, and the lists from which the sparse backward works.
 
 A bound of each row's lse from a sample of its logits; one pass over the vocabulary, which also
-collects the entries above bound + log ε; then those that are kept, sorted by row and by column, and
-the mass of the others. Nothing waits for the device: every list has a fixed capacity. So memory
+collects the entries above bound + log ε and writes down the logits of a few rows; then the entries
+that are kept, sorted by row and by column, the mass of the others, and what those few rows drop,
+summed by class and id. Nothing waits for the device: every list has a fixed capacity. So memory
 follows from the shapes (``python -m bench.sparse_memory`` adds it up). The pool of candidates is the
 largest array: callers let go of it between `select_entries` and `sort_entries`.
 """
@@ -25,6 +26,8 @@ SAMPLED_COLUMNS, SAMPLED_TARGETS = 512, 1024
 # Rows whose sampled logits are in memory at a time.
 BOUND_ROWS = 8192
 ROW_BLOCK = 128
+# A sampled row's logits are written so many ids at a time.
+LEVEL_COLUMNS = 32
 #: ids whose kept entries are multiplied as a dense matrix: on trained heads they have 60 % of all
 HOT_IDS = 1024
 
@@ -47,6 +50,11 @@ class Lists(NamedTuple):
     mass: Tensor  # (N, G) float32: Σ p softcap' of dropped entries
     exact_rows: Tensor  # (N,) bool: rows whose candidates are not all known
     row_order: Tensor  # (N,) int32
+    # The sample of rows whose tails stand for all, S of them:
+    sample: Tensor  # (S,) int64: row numbers
+    sample_weight: Tensor  # (S,) float32: what each one's tail counts
+    classes: Tensor  # (N,) int64: of the rows
+    tail_sums: Tensor  # (classes, V) float32: what the sampled rows drop, times their weight
     tally: Tensor  # (4,) int64: candidates, kept entries, row blocks that overflowed, row blocks
 
 
@@ -86,6 +94,7 @@ class Bounds(NamedTuple):
     count: Tensor  # (1,) int32: how many count
     target_logit: Tensor  # (N,): 0 where another shard holds the target
     bound2: Tensor  # (N,): a lower bound of the lse, base 2
+    share: Tensor  # (N,): about what the row will drop
 
 
 class Found(NamedTuple):
@@ -94,6 +103,11 @@ class Found(NamedTuple):
     # By split of the vocabulary and position in the row order:
     max_sum: Tensor  # (splits, N, 2): the largest logit (base 2), Σ exp below it
     capped: Tensor  # (splits, N): the same sum with softcap'; empty without
+    # Of the sample of rows:
+    sample: Tensor  # (S,) int64: row numbers
+    draws: Tensor  # (S,): how often each was drawn, over its share; 0 where there is none
+    classes: Tensor  # (N,) int64: of all rows
+    levels: Tensor  # (S, V and up to 31 more) uint8: their logits
     # Entries that may turn out to be kept:
     pool: Tensor  # (B, capacity, 2) int32
     counts: Tensor  # (B,) int32
@@ -112,9 +126,11 @@ class Selected(NamedTuple):
     tally: Tensor
 
 
-def lower_bounds(call: Call, target_logit: Tensor, order: Tensor, count: Tensor) -> Tensor:
-    """A lower bound (N,) of each row's lse, in base 2; see `reference.sparse_gradients`. That of a
-    shard's lse is one of the whole vocabulary's."""
+def lower_bounds(
+    call: Call, target_logit: Tensor, order: Tensor, count: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    """A lower bound (N,) of each row's lse, in base 2, and about what the row will drop; see
+    `reference.sparse_gradients`. The bound of a shard's lse is one of the whole vocabulary's."""
     e, c, targets, bias, u, lora_b, _, softcap, logit_scale, *_ = call
     n, v = e.shape[0], c.shape[0]
     strided = min(SAMPLED_COLUMNS, v)
@@ -132,21 +148,25 @@ def lower_bounds(call: Call, target_logit: Tensor, order: Tensor, count: Tensor)
             products = torch.addmm(products, u[part], b_columns, out_dtype=torch.float32)
         parts.append(
             torch.ops.cce.row_bounds(
-                products, sampled_bias, counts, target_logit[part], strided, v, softcap, logit_scale
+                products, sampled_bias, counts, target_logit[part], strided, v, eps, softcap,
+                logit_scale,
             )
-        )
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
+        )  # fmt: skip
+    if len(parts) == 1:
+        return parts[0]
+    bounds, shares = zip(*parts, strict=True)
+    return torch.cat(bounds), torch.cat(shares)
 
 
-def bound_rows(call: Call) -> Bounds:
-    """The order of the rows, their target logits, and bounds of their lse."""
+def bound_rows(call: Call, eps: float) -> Bounds:
+    """The order of the rows, their target logits, bounds of their lse, about what they drop."""
     order, count = torch.ops.cce.row_order(call.targets, call.ignore_index)
     ignore_index, softcap, logit_scale, _, *place = call[6:]
     target_logit = torch.ops.cce.target_logits(
         *call[:6], ignore_index, softcap, logit_scale, *place, order, count
     )
     own = _own(target_logit, call.targets, call.c.shape[0], *place)
-    return Bounds(order, count, target_logit, lower_bounds(call, own, order, count))
+    return Bounds(order, count, target_logit, *lower_bounds(call, own, order, count, eps))
 
 
 def _own(target_logit: Tensor, targets: Tensor, v: int, start: int, total: int) -> Tensor:
@@ -159,12 +179,16 @@ def _own(target_logit: Tensor, targets: Tensor, v: int, start: int, total: int) 
 
 def collect(call: Call, metrics: bool, eps: float, bounds: Bounds) -> tuple[RowStatistics, Found]:
     """The pass over the vocabulary."""
-    capacity = candidate_capacity(call.e.shape[0], call.c.shape[0], eps)
-    nll, lse, *others, max_sum, capped, pool, counts = torch.ops.cce.training_forward(
-        *call, metrics, *bounds, eps, capacity
+    order, count, target_logit, bound2, share = bounds
+    n, v = call.e.shape[0], call.c.shape[0]
+    size = tail.sample_size(n, v)
+    starts, sample, draws = torch.ops.cce.draw_rows(share, bound2, order, count, size)
+    nll, lse, *others, max_sum, capped, pool, counts, levels = torch.ops.cce.training_forward(
+        *call, metrics, order, count, target_logit, starts, eps, candidate_capacity(n, v, eps), size
     )
-    rows = RowStatistics(nll, lse, bounds.target_logit, *others)
-    return rows, Found(max_sum, capped, pool, counts)
+    rows = RowStatistics(nll, lse, target_logit, *others)
+    classes = tail.classify(call.e, call.u, sample)
+    return rows, Found(max_sum, capped, sample, draws, classes, levels, pool, counts)
 
 
 def select_entries(
@@ -182,32 +206,42 @@ def select_entries(
     """The kept entries, by the final lse (N,); targets (N,) int64. The pool is of no use
     afterwards."""
     capacity = kept_capacity(lse.shape[0], shard_size, eps)
+    order, count, target_logit, bound2, _ = bounds
     selected = torch.ops.cce.select_kept(
-        pool, counts, *bounds, lse, targets, eps, ignore_index, shard_size, vocab_start,
-        vocab_total, capacity, min(HOT_IDS, shard_size),
+        pool, counts, order, count, target_logit, bound2, lse, targets, eps, ignore_index,
+        shard_size, vocab_start, vocab_total, capacity, min(HOT_IDS, shard_size),
     )  # fmt: skip
     return Selected(*selected)
 
 
 def sort_entries(
     bounds: Bounds,
-    max_sum: Tensor,
-    capped: Tensor,
+    found: Found,
     selected: Selected,
     lse: Tensor,
+    targets: Tensor,
     shard_size: int,
     softcap: float,
+    ignore_index: int,
+    vocab_start: int,
+    vocab_total: int,
+    eps: float,
 ) -> Lists:
-    """Kept entries by row and by column, and the mass of the others. Overwrites the keys and logits
-    of what was selected."""
+    """Kept entries by row and by column, the mass of the others, what the sampled rows drop. found:
+    its pool and counts are not needed. Overwrites the keys and logits of what was selected, and the
+    levels."""
     keys, logits, exact, row_first, hot_ids, slots, tally = selected
     *entries, row_hot, column_first, mass, exact_rows = torch.ops.cce.sort_kept(
-        keys, logits, exact, row_first, max_sum, capped, bounds.order, bounds.count, lse,
-        shard_size, softcap,
+        keys, logits, exact, row_first, found.max_sum, found.capped, bounds.order, bounds.count,
+        lse, shard_size, softcap,
+    )  # fmt: skip
+    tail_sums, weight = torch.ops.cce.level_sums(
+        found.levels, found.sample, found.draws, found.classes, bounds.bound2, lse, targets,
+        exact_rows, shard_size, eps, softcap, ignore_index, vocab_start, vocab_total,
     )  # fmt: skip
     return Lists(
         *entries, row_first, row_hot, column_first, hot_ids, slots, mass, exact_rows, bounds.order,
-        tally,
+        found.sample, weight, found.classes, tail_sums, tally,
     )  # fmt: skip
 
 
@@ -215,14 +249,12 @@ def forward(call: Call, metrics: bool, eps: float) -> tuple[Tensor, ...]:
     """The CUDA kernel of ``cce::sparse_ce_forward``: the seven results of ``linear_ce_forward``,
     then the fields of `Lists`."""
     v = call.c.shape[0]
-    bounds = bound_rows(call)
-    rows, (max_sum, capped, pool, counts) = collect(call, metrics, eps, bounds)
-    selected = select_entries(
-        bounds, pool, counts, rows.lse, call.targets, v, call.ignore_index, call.vocab_start,
-        call.vocab_total, eps,
-    )  # fmt: skip
-    del pool  # its last reference: the sort takes its place
-    lists = sort_entries(bounds, max_sum, capped, selected, rows.lse, v, call.softcap)
+    place = (call.ignore_index, call.vocab_start, call.vocab_total, eps)
+    bounds = bound_rows(call, eps)
+    rows, found = collect(call, metrics, eps, bounds)
+    selected = select_entries(bounds, found.pool, found.counts, rows.lse, call.targets, v, *place)
+    found = found._replace(pool=None)  # its last reference: the sort takes its place
+    lists = sort_entries(bounds, found, selected, rows.lse, call.targets, v, call.softcap, *place)
     return (*rows, *lists)
 
 
@@ -232,6 +264,7 @@ def fake_lists(like: Tensor, n: int, v: int, capacity: int) -> Lists:
     def new(*shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
         return like.new_empty(shape, dtype=dtype)
 
+    samples = tail.sample_size(n, v)
     return Lists(
         new(capacity),
         new(capacity),
@@ -245,5 +278,9 @@ def fake_lists(like: Tensor, n: int, v: int, capacity: int) -> Lists:
         new(n, tail.groups(v), dtype=torch.float32),
         new(n, dtype=torch.bool),
         new(n),
+        new(samples, dtype=torch.int64),
+        new(samples, dtype=torch.float32),
+        new(n, dtype=torch.int64),
+        new(tail.CLASSES, v, dtype=torch.float32),
         new(4, dtype=torch.int64),
     )

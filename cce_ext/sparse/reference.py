@@ -137,7 +137,11 @@ def sparse_gradients(
     frequent = frequent[(frequent >= 0) & (frequent < vocab)]
     bound = sample_bound(z, sampled_columns(vocab, z.device), frequent)
     own = torch.where(here, z.gather(1, slot[:, None])[:, 0], -torch.inf)
-    bound = shard.merge_bounds(torch.maximum(bound, own) - 0.01)
+    bound = torch.maximum(bound, own) - 0.01 * math.log(2)
+    listed = sampled_columns(vocab, z.device)
+    strided = torch.where(torch.isin(listed, frequent), -torch.inf, z[:, listed])
+    drops = tail.dropped_estimate(strided, bound, eps, vocab / len(listed))
+    bound = shard.merge_bounds(bound)
     candidate = (z >= bound[:, None] + math.log(eps)) if eps > 0 else z == z
     kept = (p >= eps) & ~is_target
     keeps = kept | is_target
@@ -151,6 +155,7 @@ def sparse_gradients(
 
     # Which rows go the exact way.
     exact = _overflowed(candidate, valid, capacity) | _blocks(bound > lse, valid)
+    unknown = exact
     share = shard.add_up(tail.dropped_share(a, mass.sum(1), exact))
     # A smoothed target under a softcap has a tail of another shape. A NaN share is exact too.
     never = bool(smoothing and options.softcap)
@@ -158,11 +163,18 @@ def sparse_gradients(
 
     # Backward: the shape of the tail, then kept entries and tail together.
     a_sparse, d_sparse = torch.where(exact, 0, a), torch.where(exact, 0, d)
-    sample = tail.sample_rows(a_sparse, mass.sum(1))
-    classes = tail.classify(e, u, sample.rows)
-    dropped = torch.where(keeps[sample.rows], 0, weight[sample.rows])
-    dropped *= sample.weight[sample.rows, None]
-    weights = tail.one_hot(classes[sample.rows], tail.CLASSES, z.dtype).T @ dropped
+    sample = tail.draw_rows(drops.float(), valid, tail.sample_size(len(z), vocab))
+    rows = sample.rows
+    sample = tail.Sample(rows, torch.where(unknown[rows], 0, sample.weight).to(z.dtype))
+    classes = tail.classify(e, u, rows)
+    written = tail.level_logits(tail.levels(z[rows], bound[rows]), bound[rows])
+    dropped = torch.exp(written - lse[rows, None])
+    dropped = torch.where(is_target[rows] | (dropped >= eps), 0, dropped)
+    if capped is not None:
+        slope = (1 - (written / options.softcap) ** 2).clamp(min=0)
+        dropped = torch.where(dropped == 0, 0, dropped * slope)
+    dropped *= sample.weight[:, None]
+    weights = tail.one_hot(classes[rows], tail.CLASSES, z.dtype).T @ dropped
     spread = tail.Spread(
         scale * a_sparse[:, None] * mass,
         classes,

@@ -4,7 +4,7 @@ Its forward comes in parts, because the shards tell each other two things on the
 of their own lse, before the pass over the vocabulary: by its own bound a shard of rare ids would
 take thousands of entries a row for candidates, none of which is kept in the end. Then the lse
 itself: what is kept, and what the others weigh, follows from that of all shards. The parts are ops,
-because torch.compile cannot look inside; the last, `sort_entries`, is a compiled one.
+because torch.compile cannot look inside; the last, `sort_entries`, is two compiled ones.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from cce_ext.cuda_backward import row_vector
 from cce_ext.reference import RowStatistics
 from cce_ext.sparse import tail
 from cce_ext.sparse.forward import (
+    LEVEL_COLUMNS,
     ROW_BLOCK,
     Bounds,
     Found,
@@ -41,15 +42,15 @@ def _tensors(kind: type[NamedTuple], *known: str) -> str:
 
 _INPUTS = "Tensor e, Tensor c, Tensor targets, Tensor? bias, Tensor? u, Tensor? lora_b"
 _OPTIONS = "int ignore_index, float softcap, float logit_scale, float label_smoothing, int vocab_start, int vocab_total"
-_BOUND = f"sparse_ce_bound({_INPUTS}, {_OPTIONS}) -> ({_tensors(Bounds)})"
+_BOUND = f"sparse_ce_bound({_INPUTS}, {_OPTIONS}, float eps) -> ({_tensors(Bounds)})"
 # An op must not return what it was given: statistics without target_logit.
 _COLLECT = (
     f"sparse_ce_collect({_INPUTS}, {_OPTIONS}, float eps, {_tensors(Bounds)}) -> "
     f"({_tensors(RowStatistics, 'target_logit')}, {_tensors(Found)})"
 )
 _SELECT = (
-    f"sparse_ce_select({_tensors(Bounds)}, {_tensors(Found, 'max_sum', 'capped')}, Tensor lse, "
-    "Tensor targets, int shard_size, int ignore_index, int vocab_start, int vocab_total, "
+    f"sparse_ce_select({_tensors(Bounds)}, Tensor pool, Tensor counts, Tensor lse, Tensor targets, "
+    "int shard_size, int ignore_index, int vocab_start, int vocab_total, "
     f"float eps) -> ({_tensors(Selected)})"
 )
 _SHARE = (
@@ -114,7 +115,8 @@ def _by_groups(found: Found, v: int) -> Found:
 
 
 def _bound(*args: Any) -> tuple[Tensor, ...]:
-    return tuple(bound_rows(prepare(*args)))
+    *call, eps = args
+    return tuple(bound_rows(prepare(*call), eps))
 
 
 def _collect(*args: Any) -> tuple[Tensor, ...]:
@@ -124,7 +126,8 @@ def _collect(*args: Any) -> tuple[Tensor, ...]:
 
 
 def _select(*args: Any) -> tuple[Tensor, ...]:
-    bounds, (pool, counts, lse, targets, *place, eps) = Bounds(*args[:4]), args[4:]
+    known = len(Bounds._fields)
+    bounds, (pool, counts, lse, targets, *place, eps) = Bounds(*args[:known]), args[known:]
     targets = targets.long().contiguous()
     return tuple(select_entries(bounds, pool, counts, lse, targets, *place, eps))
 
@@ -155,6 +158,7 @@ def _fake_bound(*args: Any) -> tuple[Tensor, ...]:
         e.new_empty(1, dtype=numbers),
         e.new_empty(n, dtype=floats),
         e.new_empty(n, dtype=floats),
+        e.new_empty(n, dtype=floats),
     )
 
 
@@ -167,11 +171,15 @@ def _fake_collect(dense: Callable[..., tuple]) -> Callable[..., tuple]:
         def new(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
             return e.new_empty(shape, dtype=dtype)
 
-        rows = RowStatistics(*dense(*args[:_CALL], False))
+        rows, samples = RowStatistics(*dense(*args[:_CALL], False)), tail.sample_size(n, v)
         return (
             *_without(rows, "target_logit"),
             new(groups, n, 2),
             new(groups, n) if softcap else new(0),
+            new(samples, dtype=torch.int64),
+            new(samples),
+            new(n, dtype=torch.int64),
+            new(samples, -(-v // LEVEL_COLUMNS) * LEVEL_COLUMNS, dtype=torch.uint8),
             new(blocks, candidate_capacity(n, v, eps), 2, dtype=torch.int32),
             new(blocks, dtype=torch.int32),
         )
@@ -180,7 +188,8 @@ def _fake_collect(dense: Callable[..., tuple]) -> Callable[..., tuple]:
 
 
 def _fake_select(*args: Any) -> tuple[Tensor, ...]:
-    pool, lse, v, eps = args[4], args[6], args[8], args[-1]
+    known = len(Bounds._fields)
+    pool, lse, v, eps = args[known], args[known + 2], args[known + 4], args[-1]
     n = lse.shape[0]
     capacity = kept_capacity(n, v, eps)
     lists = fake_lists(lse, n, v, capacity)
@@ -193,7 +202,13 @@ def _fake_select(*args: Any) -> tuple[Tensor, ...]:
 def _fake_sort(keys: Tensor, *args: Any) -> tuple[Tensor, ...]:
     lse, v = args[7], args[8]
     lists = fake_lists(lse, lse.shape[0], v, keys.shape[0])
-    return _without(lists, "row_first", "hot_ids", "slots", "row_order", "tally")
+    others = ("sample", "sample_weight", "classes", "tail_sums")
+    return _without(lists, "row_first", "hot_ids", "slots", "row_order", "tally", *others)
+
+
+def _fake_sums(levels: Tensor, rows: Tensor, draws: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    v = args[5]
+    return draws.new_empty(tail.CLASSES, v), torch.empty_like(draws)
 
 
 def _fake_share(dnll, dlse, targets, lists, ignore_index) -> Tensor:
@@ -212,3 +227,4 @@ def register(library: torch.library.Library, fake_forward: Callable[..., tuple])
         library.impl(name, kernel, "CUDA")
         torch.library.register_fake(f"cce::{name}", fake, lib=library)
     torch.library.register_fake("cce::sort_kept", _fake_sort, lib=library)
+    torch.library.register_fake("cce::level_sums", _fake_sums, lib=library)

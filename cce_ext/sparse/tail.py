@@ -6,11 +6,12 @@ the class: ŵ[k, j] (1 + β x[n, j]), by the logits of a sample of ids. Without 
 at the hidden state only half as much along the hidden state's own direction as it should, step after
 step, which training notices (docs/accuracy.md).
 Everything here is ordinary PyTorch in any precision. On a GPU the same steps are a few kernels
-(csrc/cuda/sparse/rows.cu and tail.cu).
+(csrc/cuda/sparse/sample.cu, levels.cu, tail.cu and tilt.cu).
 """
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -20,8 +21,14 @@ from torch import Tensor
 GROUP = 4608
 #: classes of rows, each with a tail shape of its own
 CLASSES = 8
-#: rows whose logits are computed again to learn the shapes: an eighth of all, within these bounds
+#: rows whose logits are written down to learn the shapes: an eighth of all, within these bounds
 SAMPLE = (128, 256)
+# Bytes that they may take, and how many are taken all the same.
+_SAMPLE_BYTES, _SAMPLE_LEAST = 2**28, 32
+#: a written logit is one of 255 steps of so many an octave, from so many octaves from the row's bound on
+LEVELS, LOWEST = 8, -28
+#: no row is thought to drop less
+LEAST_SHARE = 2.0**-8
 #: share of all classes' sum in each class's shape, so that no id that anybody gives mass is at zero
 SHARED = 1e-3
 #: share of the probability mass that may be dropped; flatter calls take the exact path
@@ -33,8 +40,10 @@ TILT_IDS = 512
 # a trained head pull along their hidden states as they should, within 4 %; 0.7 / (1 + 0.1 v) lacks 11 %.
 TILT, TILT_DAMPING = 1.0, 0.2
 # One unit of a tail's weight in the integers that ids are sampled by, and the most that counts.
-_TILT_STEPS, _TILT_MOST = 2.0**20, 2.0**18
-# Rows that drop less than this have no tail worth a sample, and 1 / mass would not be finite.
+_TILT_STEPS, _TILT_MOST = 2.0**25, 2.0**18
+# Likewise of a row's share.
+_SHARE_STEPS = 2.0**30
+# Rows that drop less than this have no tail, and 1 / mass would not be finite.
 _NOTHING = 1e-30
 
 
@@ -53,44 +62,68 @@ def dropped_share(a: Tensor, mass: Tensor, exact: Tensor) -> Tensor:
     return torch.where(total == 0, 0, (weight * mass).sum() / total)  # NaN stays NaN
 
 
-def sample_size(n: int) -> int:
-    """How many of n rows are sampled. On a trained head 128 of 1024 leave dE as it is, and lift the
-    error of dC from 1.6e-3 to 2.4e-3, where stored bfloat16 logits have 4e-3; 256 would cost an
-    eighth of the matmul."""
+def sample_size(n: int, vocab: int) -> int:
+    """How many of n rows are sampled. On a trained head 128 of 1024 leave dE as it is, and dC has an
+    error of 1.6e-3, where stored bfloat16 logits have 4e-3."""
     low, high = SAMPLE
-    return min(n, max(low, min(n // 8, high)))
+    size = max(low, min(n // 8, high))
+    return min(n, size, max(_SAMPLE_LEAST, _SAMPLE_BYTES // max(vocab, 1)))
 
 
 class Sample(NamedTuple):
-    """Rows that stand for all: row numbers (R,), and what each row's tail would count (N,)."""
+    """Rows that stand for all: row numbers (S,), and what each one's tail counts (S,)."""
 
     rows: Tensor
     weight: Tensor
 
 
-def sample_rows(a: Tensor, mass: Tensor) -> Sample:
-    """`sample_size` rows at equal steps of the cumulated |a| mass, each weighing 1 / mass; all
-    rows, weighing |a|, where no more than that have any.
+def dropped_estimate(z: Tensor, bound: Tensor, eps: float, step: float) -> Tensor:
+    """About what each row drops (N,), by the logits z (N, S) of a sample of ids, each of which
+    stands for so many; bound (N,): of the row's lse.
 
-    Shapes: a (N,), mass (N,). Only ratios of weights mean anything; the tail of the heaviest row
-    weighs about 1. Rows without mass weigh 0. The steps are counted in integers, so that the result
-    does not depend on the order of a parallel sum.
+    Nothing jumps where an entry crosses the threshold, so that rounding draws no other rows.
     """
-    n = a.shape[0]
-    share = torch.where(mass > _NOTHING, a.abs() * mass, 0)
-    top = share.max()
-    # 2^40 steps for the largest row; a million rows of them still fit.
-    steps = torch.where(top > 0, share.double() / top.double() * 2.0**40, 0).ceil().long()
-    cumulated = steps.cumsum(0)
-    size = sample_size(n)
-    first = torch.argsort((steps == 0).to(torch.uint8), stable=True)[:size]
-    few = (steps > 0).sum() <= size
-    places = torch.arange(size, device=a.device)
-    at = (cumulated[-1] // size) * places + cumulated[-1] // (2 * size)
-    systematic = torch.searchsorted(cumulated, at, right=True).clamp_(max=n - 1)
-    alone, inverse = a.abs() / top, 1 / mass
-    weight = torch.where(steps > 0, torch.where(few, alone, inverse), 0)
-    return Sample(torch.where(few, first, systematic), weight)
+    w = torch.exp(z - bound[:, None])
+    dropped = torch.minimum(w, eps - w).clamp(min=0).sum(1) * step
+    return dropped.nan_to_num(nan=LEAST_SHARE).clamp(LEAST_SHARE, 1)
+
+
+def draw_rows(share: Tensor, valid: Tensor, size: int) -> Sample:
+    """So many rows at equal steps of the cumulated share of those that are valid, each counting the
+    inverse of its own as often as it is drawn; all of them, if there are no more than that. Slots
+    that no row has count nothing.
+
+    Shapes: share (N,), valid (N,) bool. The steps are counted in integers, so that the result does
+    not depend on the order of a parallel sum.
+    """
+    order = valid.nonzero()[:, 0]
+    rows, weight = order.new_zeros(size), share.new_zeros(size)
+    if len(order) <= size:
+        drawn, counts = order, torch.ones_like(share[order])
+    else:
+        end = (share[order].double() * _SHARE_STEPS).long().cumsum(0)
+        step = end[-1] // size
+        at = step // 2 + step * torch.arange(size, device=share.device)
+        places = torch.searchsorted(end, at, right=True)
+        places, times = torch.unique_consecutive(places, return_counts=True)
+        drawn = order[places]
+        counts = times / share[drawn]
+    if len(drawn):
+        rows[:] = drawn[-1]
+    rows[: len(drawn)], weight[: len(drawn)] = drawn, counts
+    return Sample(rows, weight)
+
+
+def levels(z: Tensor, bound: Tensor) -> Tensor:
+    """What the forward writes down of logits z (S, V), from 0 to 255; bound (S,): of the rows' lse."""
+    octaves = (z - bound[:, None]) / math.log(2)
+    return ((octaves - LOWEST) * LEVELS).round().clamp(0, 255)
+
+
+def level_logits(written: Tensor, bound: Tensor) -> Tensor:
+    """The logits (S, V) of these levels, -inf for 0."""
+    z = bound[:, None] + (written / LEVELS + LOWEST) * math.log(2)
+    return torch.where(written == 0, -torch.inf, z)
 
 
 def classify(e: Tensor, u: Tensor | None, rows: Tensor) -> Tensor:
@@ -177,7 +210,7 @@ def tilt(z: Tensor, known: TiltIds, rows: Rows) -> Tensor:
     """
     classes, mass, (sampled, weight) = rows
     row_mass = mass.sum(1)
-    member = one_hot(classes[sampled], CLASSES, z.dtype) * (weight * row_mass)[sampled, None]
+    member = one_hot(classes[sampled], CLASSES, z.dtype) * (weight * row_mass[sampled])[:, None]
     member = member + SHARED * member.sum(1, keepdim=True)
     mean = member.T @ z[sampled] / member.sum(0)[:, None].clamp(min=_NOTHING)
     x = z - mean[classes]

@@ -13,6 +13,7 @@ struct Backend {
   int block_m;       // rows of the forward's tile
   int (*block_n)();  // its columns on the current device: the partials' layout follows from them
   bool wants_compact_rows;       // whether Head::e_compact makes it faster
+  bool paired_columns;           // how its threads hold columns, see cuda/common/levels.cuh
   std::string (*unsupported)();  // why it cannot run on the current device, or empty
   cudaError_t (*forward)(const ForwardParams&, cudaStream_t);
   cudaError_t (*backward)(const BackwardParams&, cudaStream_t);

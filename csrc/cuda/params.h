@@ -54,16 +54,27 @@ struct Partials {
       nullptr;  // Σ 2^(z log2(e) - max) softcap'(z), null unless training with a softcap
 };
 
-// Where the training forward puts entries that the sparse gradient may keep, pooled over the rows of a row block.
+// What the training forward knows of a row beforehand.
+struct alignas(8) RowStart {
+  float bound2;  // a lower bound of the row's lse, base 2
+  int32_t slot;  // of the sample, -1: not sampled
+};
+
+// Where the training forward puts entries that the sparse gradient may keep, pooled over the rows of a row block, and the
+// logits of sampled rows, a byte each (cuda/common/levels.cuh).
 struct Candidates {
-  const float* bound2 = nullptr;  // (N,) by row: a lower bound of the row's lse, base 2
-  float log2_eps = 0.0f;          // of the threshold
+  const RowStart* starts = nullptr;  // (N,), by position in the row order
+  float log2_eps = 0.0f;             // of the threshold
   uint2* pool = nullptr;  // (row blocks, capacity): {shard-local id | row in block << 25, logit}
   int32_t* counts = nullptr;  // (row blocks,) candidates found, those that did not fit included
   int64_t capacity = 0;       // entries a row block
+  uint8_t* levels = nullptr;  // (slots, ld_levels), see cuda/common/levels.cuh
+  int64_t ld_levels = 0;      // a multiple of kLevelCols
 };
 // Rows of a row block: of the forward's tile on every architecture, and of what shares a pool and a list.
 constexpr int kRowBlock = 128;
+// Columns whose levels a quad writes together.
+constexpr int kLevelCols = 32;
 // Bits of the id in a candidate; the others number the rows of a block.
 constexpr int kCandidateIdBits = 25;
 
@@ -81,9 +92,6 @@ struct BackwardParams {
   void* dlogits = nullptr;            // (N, ld_dlogits), the head's dtype
   int64_t ld_dlogits = 0;             // multiple of 8
   int64_t n = 0;
-  bool tail =
-      false;  // instead of gradients: a p softcap' of entries with p < tail_eps, targets left out
-  float tail_eps = 0.0f;
 };
 
 // One gradient that the exact rows add to. No data: not wanted.

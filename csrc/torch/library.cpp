@@ -19,8 +19,7 @@ STABLE_TORCH_LIBRARY(cce, m) {
       "Tensor dbias, Tensor du, Tensor dlora_b)");
   // Pieces of the CUDA backward. row_order: row numbers, those that count first, and how many count. row_gradients: one
   // 32-byte record a row, in that order. dlogits_: writes dloss/dproduct of one chunk of the vocabulary, whose first
-  // shard-local id is first_col; rows that do not count become zeros. tail_eps: instead of gradients, a p softcap' of
-  // entries below that probability. column_tile: columns of a tile of the kernels that serve this device.
+  // shard-local id is first_col; rows that do not count become zeros. column_tile: columns of a tile of the kernels that serve this device.
   m.def("column_tile(Tensor like) -> int");
   m.def("row_order(Tensor targets, int ignore_index) -> (Tensor rows, Tensor count)");
   m.def(
@@ -30,7 +29,7 @@ STABLE_TORCH_LIBRARY(cce, m) {
   m.def(
       "dlogits_(Tensor(a!) out, Tensor e, Tensor c, Tensor? bias, Tensor? u, Tensor? lora_b, "
       "Tensor row_order, Tensor row_count, Tensor row_gradients, int first_col, float softcap, "
-      "float logit_scale, float label_smoothing, float? tail_eps=None) -> ()");
+      "float logit_scale, float label_smoothing) -> ()");
   // Pieces of the sparse gradient, in the order of their use; see cce_ext/sparse. Lists have a fixed capacity.
   m.def(
       "target_logits(Tensor e, Tensor c, Tensor targets, Tensor? bias, Tensor? u, Tensor? lora_b, "
@@ -38,14 +37,18 @@ STABLE_TORCH_LIBRARY(cce, m) {
       "Tensor row_order, Tensor row_count) -> Tensor");
   m.def(
       "row_bounds(Tensor products, Tensor? bias, Tensor counts, Tensor target_logit, int strided, "
-      "int vocab, float softcap, float logit_scale) -> Tensor");
+      "int vocab, float eps, float softcap, float logit_scale) -> (Tensor bound2, Tensor share)");
+  // draw_rows: by position, bound and place in the sample; the sampled rows, and what each stands for.
+  m.def(
+      "draw_rows(Tensor share, Tensor bound2, Tensor row_order, Tensor row_count, int samples) -> "
+      "(Tensor starts, Tensor rows, Tensor draws)");
   m.def(
       "training_forward(Tensor e, Tensor c, Tensor targets, Tensor? bias, Tensor? u, "
       "Tensor? lora_b, int ignore_index, float softcap, float logit_scale, float label_smoothing, "
       "int vocab_start, int vocab_total, bool metrics, Tensor row_order, Tensor row_count, "
-      "Tensor target_logit, Tensor bound2, float eps, int capacity) -> (Tensor nll, Tensor lse, "
-      "Tensor logit_sum, Tensor max_logit, Tensor argmax, Tensor entropy, Tensor max_sum, "
-      "Tensor capped, Tensor pool, Tensor counts)");
+      "Tensor target_logit, Tensor starts, float eps, int capacity, int samples) -> (Tensor nll, "
+      "Tensor lse, Tensor logit_sum, Tensor max_logit, Tensor argmax, Tensor entropy, "
+      "Tensor max_sum, Tensor capped, Tensor pool, Tensor counts, Tensor levels)");
   // bound_columns: ids and whether each counts. select_kept: kept entries with keys to sort them by, and the hot ids.
   // sort_kept: entries sorted by row and by id, and what the others weigh; the unsorted ones are lost.
   m.def(
@@ -62,31 +65,28 @@ STABLE_TORCH_LIBRARY(cce, m) {
       "Tensor max_sum, Tensor capped, Tensor row_order, Tensor row_count, Tensor lse, "
       "int shard_size, float softcap) -> (Tensor rows, Tensor ids, Tensor sorted_logits, "
       "Tensor order, Tensor row_hot, Tensor column_first, Tensor mass, Tensor exact_rows)");
-  // backward_shares: upstream weights, dropped masses, T. backward_sample_: by T, which rows go the exact way (their weights
-  // become zero), their share, dnll as it was, and the rows whose tails stand for all, with weights; the exact rows' list;
-  // what float16 factors are divided by (units).
+  // level_sums: what the sampled rows drop, by class and id, and what each of them counts (0 of exact rows); overwrites the
+  // levels of targets.
+  m.def(
+      "level_sums(Tensor(a!) levels, Tensor rows, Tensor draws, Tensor classes, Tensor bound2, "
+      "Tensor lse, Tensor targets, Tensor exact, int shard_size, float eps, float softcap, "
+      "int ignore_index, int vocab_start, int vocab_total) -> (Tensor sums, Tensor weight)");
+  // backward_shares: upstream weights, dropped masses, T. backward_rows_: by T, which rows go the exact way (their weights
+  // become zero), their share, dnll as it was; the exact rows' list; what float16 factors are divided by (units).
   m.def(
       "backward_shares(Tensor? dnll, Tensor? dlse, Tensor targets, Tensor mass, Tensor listed, "
       "int ignore_index) -> (Tensor a, Tensor d, Tensor row_mass, Tensor share)");
   m.def(
-      "backward_sample_(Tensor(a!) a, Tensor(b!) d, Tensor row_mass, Tensor share, Tensor targets, "
-      "Tensor listed, int ignore_index, float flat, int sample, float unit_scale, "
-      "float unit_uniform) -> (Tensor exact, Tensor exact_share, Tensor d_all, Tensor rows, "
-      "Tensor weight, Tensor order, Tensor count, Tensor units)");
-  // tail_rows: the sampled rows as inputs of dlogits_. tail_classes: the rows' factors of the products with tilted ids (left
-  // to tilt_), hot ids (left to entry_weights) and tails, their classes, and which sampled rows are of which. tail_shapes: by
-  // id, of like's dtype, and what each group weighs. tilt_ids: ids by that weight, and where each group's start. tilt_: from
+      "backward_rows_(Tensor(a!) a, Tensor(b!) d, Tensor row_mass, Tensor share, Tensor targets, "
+      "Tensor listed, int ignore_index, float flat, float unit_scale, float unit_uniform) -> "
+      "(Tensor exact, Tensor exact_share, Tensor d_all, Tensor order, Tensor count, Tensor units)");
+  // tail_factors: the rows' factors of the products with tilted ids (left to tilt_), hot ids (left to entry_weights) and
+  // tails. tail_shapes: by id, of like's dtype, and what each group weighs. tilt_ids: ids by that weight, and where each group's start. tilt_: from
   // products with these ids to what the gradients by rows add to the tail. add_rows_: out[ids] += product * unit; like: of
   // the inputs' dtype.
   m.def(
-      "tail_rows(Tensor rows, Tensor weight, float lift, Tensor e, Tensor? u, Tensor lse, "
-      "Tensor targets, float label_smoothing, int ignore_index, int shard_size, int vocab_start, "
-      "int vocab_total) -> (Tensor e_sampled, Tensor u_sampled, Tensor row_order, "
-      "Tensor row_count, Tensor row_gradients)");
-  m.def(
-      "tail_classes(Tensor scores, Tensor e, Tensor a, Tensor d, Tensor mass, Tensor rows, "
-      "Tensor units, int tilt, int hot, float scale, float? uniform) -> (Tensor factors, "
-      "Tensor classes, Tensor member)");
+      "tail_factors(Tensor classes, Tensor like, Tensor a, Tensor d, Tensor mass, Tensor units, "
+      "int tilt, int hot, float scale, float? uniform) -> Tensor");
   m.def(
       "tail_shapes(Tensor sums, Tensor like, float shared, bool smoothing) -> (Tensor shapes, "
       "Tensor totals)");

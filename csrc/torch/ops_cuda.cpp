@@ -54,7 +54,7 @@ int64_t column_tile_cuda(Tensor like) {
 void dlogits_cuda(Tensor out, Tensor e, Tensor c, std::optional<Tensor> bias,
                   std::optional<Tensor> u, std::optional<Tensor> lora_b, Tensor row_order,
                   Tensor row_count, Tensor row_gradients, int64_t first_col, double softcap,
-                  double logit_scale, double label_smoothing, std::optional<double> tail_eps) {
+                  double logit_scale, double label_smoothing) {
   const torch::stable::accelerator::DeviceGuard guard(e.get_device_index());
   check_readable(out, e, "out");
   STD_TORCH_CHECK(out.size(0) == row_order.size(0) && out.size(1) == c.size(0),
@@ -69,8 +69,6 @@ void dlogits_cuda(Tensor out, Tensor e, Tensor c, std::optional<Tensor> bias,
   p.dlogits = out.mutable_data_ptr();
   p.ld_dlogits = out.stride(0);
   p.n = row_order.size(0);
-  p.tail = tail_eps.has_value();
-  p.tail_eps = static_cast<float>(tail_eps.value_or(0.0));
   if (p.n == 0 || c.size(0) == 0) return;
   check_cuda(backend().backward(p, current_stream(e.get_device_index())), "dlogits");
 }

@@ -43,12 +43,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward_shares_cuda(std::optional<Te
   return {a, d, row_mass, share};
 }
 
-using BackwardSample = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
-
-BackwardSample backward_sample_cuda(Tensor a, Tensor d, Tensor row_mass, Tensor share,
-                                    Tensor targets, Tensor listed, int64_t ignore_index,
-                                    double flat, int64_t sample, double unit_scale,
-                                    double unit_uniform) {
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward_rows_cuda(
+    Tensor a, Tensor d, Tensor row_mass, Tensor share, Tensor targets, Tensor listed,
+    int64_t ignore_index, double flat, double unit_scale, double unit_uniform) {
   const Guard guard(targets.get_device_index());
   cuda::BackwardRowsParams p = backward_rows(targets, listed, ignore_index);
   p.a = f32(a, "a");
@@ -56,30 +53,25 @@ BackwardSample backward_sample_cuda(Tensor a, Tensor d, Tensor row_mass, Tensor 
   p.row_mass = f32(row_mass, "row_mass");
   p.share = f32(share, "share");
   p.flat = static_cast<float>(flat);
-  p.sample = static_cast<int>(sample);
   p.unit_scale = static_cast<float>(unit_scale);
   p.unit_uniform = static_cast<float>(unit_uniform);
   const Tensor exact = empty(targets, {p.n}, ScalarType::Bool);
   const Tensor exact_share = empty(targets, {1}, ScalarType::Float);
   const Tensor d_all = empty(targets, {p.n}, ScalarType::Float);
-  const Tensor weight = empty(targets, {p.n}, ScalarType::Float);
-  const Tensor rows = empty(targets, {sample}, ScalarType::Long);
-  const Tensor blocks =
-      empty(targets, {cuda::kSampleBlocks * sizeof(cuda::SampleBlock)}, ScalarType::Byte);
+  const Tensor found =
+      empty(targets, {cuda::kRowsBlocks * sizeof(cuda::RowsFound)}, ScalarType::Byte);
   const Tensor order = empty(targets, {p.n}, ScalarType::Int);
   const Tensor count = empty(targets, {1}, ScalarType::Int);
   const Tensor units = empty(targets, {3}, ScalarType::Float);
   p.exact = static_cast<uint8_t*>(exact.mutable_data_ptr());
   p.exact_share = floats(exact_share);
   p.d_all = floats(d_all);
-  p.weight = floats(weight);
-  p.rows = i64(rows, "rows");
-  p.blocks = static_cast<cuda::SampleBlock*>(blocks.mutable_data_ptr());
+  p.found = static_cast<cuda::RowsFound*>(found.mutable_data_ptr());
   p.order = i32(order, "order");
   p.count = i32(count, "count");
   p.units = floats(units);
-  check_cuda(cuda::backward_sample(p, stream_of(targets)), "backward_sample");
-  return {exact, exact_share, d_all, rows, weight, order, count, units};
+  check_cuda(cuda::backward_rows(p, stream_of(targets)), "backward_rows");
+  return {exact, exact_share, d_all, order, count, units};
 }
 
 Tensor entry_weights_cuda(Tensor row_first, Tensor rows, Tensor ids, Tensor logits, Tensor a,
@@ -202,7 +194,7 @@ void exact_rows_cuda(std::optional<Tensor> de, std::optional<Tensor> dc,
 
 STABLE_TORCH_LIBRARY_IMPL(cce, CUDA, m) {
   m.impl("backward_shares", TORCH_BOX(&cce::torch_api::backward_shares_cuda));
-  m.impl("backward_sample_", TORCH_BOX(&cce::torch_api::backward_sample_cuda));
+  m.impl("backward_rows_", TORCH_BOX(&cce::torch_api::backward_rows_cuda));
   m.impl("entry_weights", TORCH_BOX(&cce::torch_api::entry_weights_cuda));
   m.impl("gather_", TORCH_BOX(&cce::torch_api::gather_cuda));
   m.impl("exact_rows_", TORCH_BOX(&cce::torch_api::exact_rows_cuda));

@@ -46,9 +46,10 @@ std::tuple<Tensor, Tensor> bound_columns_cuda(Tensor targets, Tensor row_order, 
   return {ids, counts};
 }
 
-Tensor row_bounds_cuda(Tensor products, std::optional<Tensor> bias, Tensor counts,
-                       Tensor target_logit, int64_t strided, int64_t vocab, double softcap,
-                       double logit_scale) {
+std::tuple<Tensor, Tensor> row_bounds_cuda(Tensor products, std::optional<Tensor> bias,
+                                           Tensor counts, Tensor target_logit, int64_t strided,
+                                           int64_t vocab, double eps, double softcap,
+                                           double logit_scale) {
   const Guard guard(products.get_device_index());
   cuda::BoundParams p;
   p.products = f32(products, "products");
@@ -61,22 +62,45 @@ Tensor row_bounds_cuda(Tensor products, std::optional<Tensor> bias, Tensor count
   p.vocab = vocab;
   p.options.softcap = softcap;
   p.options.logit_scale = logit_scale;
-  Tensor bound2 = empty(products, {p.rows}, ScalarType::Float);
+  p.eps = static_cast<float>(eps);
+  const Tensor bound2 = empty(products, {p.rows}, ScalarType::Float);
+  const Tensor share = empty(products, {p.rows}, ScalarType::Float);
   p.bound2 = floats(bound2);
+  p.share = floats(share);
   check_cuda(cuda::row_bounds(p, stream_of(products)), "row_bounds");
-  return bound2;
+  return {bound2, share};
 }
 
-using TrainingResult =
-    std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+std::tuple<Tensor, Tensor, Tensor> draw_rows_cuda(Tensor share, Tensor bound2, Tensor row_order,
+                                                  Tensor row_count, int64_t samples) {
+  const Guard guard(share.get_device_index());
+  cuda::DrawRowsParams p;
+  p.share = f32(share, "share");
+  p.bound2 = f32(bound2, "bound2");
+  p.order = Order(row_order, row_count).view();
+  p.n = share.size(0);
+  p.samples = static_cast<int>(samples);
+  constexpr auto kNumbers = static_cast<int64_t>(sizeof(cuda::RowStart) / sizeof(int32_t));
+  const Tensor starts = empty(share, {p.n, kNumbers}, ScalarType::Int);
+  const Tensor rows = empty(share, {samples}, ScalarType::Long);
+  const Tensor draws = empty(share, {samples}, ScalarType::Float);
+  p.starts = static_cast<cuda::RowStart*>(starts.mutable_data_ptr());
+  p.rows = i64(rows, "rows");
+  p.draws = f32(draws, "draws");
+  check_cuda(cuda::draw_rows(p, stream_of(share)), "draw_rows");
+  return {starts, rows, draws};
+}
+
+using TrainingResult = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor,
+                                  Tensor, Tensor, Tensor>;
 
 TrainingResult training_forward_cuda(Tensor e, Tensor c, Tensor targets, std::optional<Tensor> bias,
                                      std::optional<Tensor> u, std::optional<Tensor> lora_b,
                                      int64_t ignore_index, double softcap, double logit_scale,
                                      double label_smoothing, int64_t vocab_start,
                                      int64_t vocab_total, bool metrics, Tensor row_order,
-                                     Tensor row_count, Tensor target_logit, Tensor bound2,
-                                     double eps, int64_t capacity) {
+                                     Tensor row_count, Tensor target_logit, Tensor starts,
+                                     double eps, int64_t capacity, int64_t samples) {
   const Guard guard(e.get_device_index());
   const cudaStream_t stream = stream_of(e);
   const cuda::Backend& chosen = backend();
@@ -93,18 +117,23 @@ TrainingResult training_forward_cuda(Tensor e, Tensor c, Tensor targets, std::op
   const int64_t blocks = ceil_div(in.n, cuda::kRowBlock);
   const Tensor pool = empty(in.e, {blocks, capacity, 2}, ScalarType::Int);
   const Tensor counts = zeroed(in.e, blocks, ScalarType::Int);
+  const Tensor levels =
+      empty(in.e, {samples, ceil_div(in.v, cuda::kLevelCols) * cuda::kLevelCols}, ScalarType::Byte);
   cuda::Candidates candidates;
-  candidates.bound2 = f32(bound2, "bound2");
+  candidates.starts = reinterpret_cast<const cuda::RowStart*>(i32(starts, "starts"));
   candidates.log2_eps = static_cast<float>(std::log2(eps));
   candidates.pool = static_cast<uint2*>(pool.mutable_data_ptr());
   candidates.counts = i32(counts, "counts");
   candidates.capacity = capacity;
+  candidates.levels = u8(levels, "levels");
+  candidates.ld_levels = levels.size(1);
   fill_partials(in, chosen, order, bias32, partials, candidates, true, stream);
   const auto [nll, lse, same, logit_sum, max_logit, argmax, entropy] =
       finish(in, order, partials, target_logit, metrics, stream);
   const Tensor capped =
       partials.capped.defined() ? partials.capped : empty(in.e, {0}, ScalarType::Float);
-  return {nll, lse, logit_sum, max_logit, argmax, entropy, partials.max_sum, capped, pool, counts};
+  return {nll,    lse,  logit_sum, max_logit, argmax, entropy, partials.max_sum,
+          capped, pool, counts,    levels};
 }
 
 cuda::KeepParams keep_params(const Tensor& pool, const Tensor& counts, const Tensor& bound2,
@@ -113,7 +142,7 @@ cuda::KeepParams keep_params(const Tensor& pool, const Tensor& counts, const Ten
                              int64_t ignore_index, int64_t shard_size, int64_t vocab_start,
                              int64_t vocab_total) {
   cuda::KeepParams p;
-  p.candidates.bound2 = f32(bound2, "bound2");
+  p.bound2 = f32(bound2, "bound2");
   p.candidates.pool = static_cast<uint2*>(pool.mutable_data_ptr());
   p.candidates.counts = i32(counts, "counts");
   p.candidates.capacity = pool.size(1);
@@ -287,6 +316,7 @@ STABLE_TORCH_LIBRARY_IMPL(cce, CUDA, m) {
   m.impl("target_logits", TORCH_BOX(&cce::torch_api::target_logits_cuda));
   m.impl("bound_columns", TORCH_BOX(&cce::torch_api::bound_columns_cuda));
   m.impl("row_bounds", TORCH_BOX(&cce::torch_api::row_bounds_cuda));
+  m.impl("draw_rows", TORCH_BOX(&cce::torch_api::draw_rows_cuda));
   m.impl("training_forward", TORCH_BOX(&cce::torch_api::training_forward_cuda));
   m.impl("select_kept", TORCH_BOX(&cce::torch_api::select_kept_cuda));
   m.impl("sort_kept", TORCH_BOX(&cce::torch_api::sort_kept_cuda));

@@ -1,4 +1,6 @@
 // What lies between the matmuls of the sparse gradient's tail as ops; see cce_ext/sparse/backward.py.
+#include <cmath>
+
 #include "cuda/sparse/tilt.h"
 #include "torch/cuda_call.h"
 
@@ -12,57 +14,55 @@ Tensor piece_rows(const Tensor& like, int64_t count, int64_t cols) {
 // The first columns of a matrix whose rows are longer.
 Tensor columns(Tensor t, int64_t count) { return torch::stable::narrow(t, 1, 0, count); }
 
-using TailRows = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
-
-TailRows tail_rows_cuda(Tensor rows, Tensor weight, double lift, Tensor e, std::optional<Tensor> u,
-                        Tensor lse, Tensor targets, double label_smoothing, int64_t ignore_index,
-                        int64_t shard_size, int64_t vocab_start, int64_t vocab_total) {
-  const Guard guard(e.get_device_index());
-  kernel_dtype(e);
-  check_readable(e, e, "e");
-  cuda::TailRowsParams p;
+std::tuple<Tensor, Tensor> level_sums_cuda(Tensor levels, Tensor rows, Tensor draws, Tensor classes,
+                                           Tensor bound2, Tensor lse, Tensor targets, Tensor exact,
+                                           int64_t shard_size, double eps, double softcap,
+                                           int64_t ignore_index, int64_t vocab_start,
+                                           int64_t vocab_total) {
+  const Guard guard(levels.get_device_index());
+  STD_TORCH_CHECK(levels.size(0) == rows.size(0) && levels.size(1) >= shard_size &&
+                      draws.size(0) == rows.size(0),
+                  "levels must have a row for each sampled one, and a column for each id");
+  STD_TORCH_CHECK(exact.scalar_type() == ScalarType::Bool && exact.is_contiguous(),
+                  "exact must be bool and contiguous");
+  cuda::LevelSumsParams p;
+  p.levels = u8(levels, "levels");
+  p.ld = levels.size(1);
+  p.paired = backend().paired_columns;
   p.rows = i64(rows, "rows");
+  p.draws = f32(draws, "draws");
   p.samples = static_cast<int>(rows.size(0));
-  p.e = matrix(e);
-  const Tensor e_sampled = piece_rows(e, p.samples, e.size(1));
-  p.e_sampled = e_sampled.mutable_data_ptr();
-  p.e_sampled_ld = e_sampled.stride(0);
-  const Tensor u_sampled = piece_rows(e, u ? p.samples : 0, u ? u->size(1) : 0);
-  if (u) {
-    check_readable(*u, e, "u");
-    p.u = matrix(*u);
-    p.u_sampled = u_sampled.mutable_data_ptr();
-    p.u_sampled_ld = u_sampled.stride(0);
-  }
+  p.classes = i64(classes, "classes");
+  p.bound2 = f32(bound2, "bound2");
   p.lse = f32(lse, "lse");
   p.targets = i64(targets, "targets");
-  p.weight = f32(weight, "weight");
-  p.lift = static_cast<float>(lift);
-  p.shard_size = shard_size;
-  p.options = {0.0, 1.0, label_smoothing, ignore_index, vocab_start, vocab_total};
-  const Tensor order = empty(e, {p.samples}, ScalarType::Int);
-  const Tensor count = empty(e, {1}, ScalarType::Int);
-  const Tensor records = empty_records(e, p.samples);
-  p.order = i32(order, "order");
-  p.count = i32(count, "count");
-  p.records = static_cast<cuda::RowGradient*>(records.mutable_data_ptr());
-  check_cuda(cuda::tail_rows(p, stream_of(e)), "tail_rows");
-  return {columns(e_sampled, e.size(1)), u ? columns(u_sampled, u->size(1)) : u_sampled, order,
-          count, records};
+  p.exact = static_cast<const uint8_t*>(exact.const_data_ptr());
+  p.vocab = shard_size;
+  p.options = {softcap, 1.0, 0.0, ignore_index, vocab_start, vocab_total};
+  p.log2_eps = static_cast<float>(std::log2(eps));
+  constexpr auto kNumbers = static_cast<int64_t>(sizeof(cuda::LevelRow) / sizeof(int32_t));
+  const Tensor sorted = empty(lse, {p.samples, kNumbers}, ScalarType::Int);
+  const Tensor targets_of = empty(lse, {p.samples}, ScalarType::Int);
+  const Tensor first = empty(lse, {cuda::kTailClasses + 1}, ScalarType::Int);
+  const Tensor weight = empty(lse, {p.samples}, ScalarType::Float);
+  const Tensor sums = empty(lse, {cuda::kTailClasses, p.vocab}, ScalarType::Float);
+  p.sorted = static_cast<cuda::LevelRow*>(sorted.mutable_data_ptr());
+  p.targets_of = i32(targets_of, "targets_of");
+  p.first = i32(first, "first");
+  p.weight = floats(weight);
+  p.sums = floats(sums);
+  check_cuda(cuda::level_sums(p, stream_of(lse)), "level_sums");
+  return {sums, weight};
 }
 
-std::tuple<Tensor, Tensor, Tensor> tail_classes_cuda(Tensor scores, Tensor e, Tensor a, Tensor d,
-                                                     Tensor mass, Tensor rows, Tensor units,
-                                                     int64_t tilt, int64_t hot, double scale,
-                                                     std::optional<double> uniform) {
-  const Guard guard(scores.get_device_index());
-  STD_TORCH_CHECK(
-      scores.size(1) <= cuda::kTailClasses && tilt % 8 == 0 && hot % 8 == 0 && units.size(0) == 3,
-      "at most 8 anchors, columns of the tilt and hot ids in eights, three units");
-  cuda::TailClassesParams p;
-  p.dtype = kernel_dtype(e);
-  p.scores = f32(scores, "scores");
-  p.anchors = static_cast<int>(scores.size(1));
+Tensor tail_factors_cuda(Tensor classes, Tensor like, Tensor a, Tensor d, Tensor mass, Tensor units,
+                         int64_t tilt, int64_t hot, double scale, std::optional<double> uniform) {
+  const Guard guard(mass.get_device_index());
+  STD_TORCH_CHECK(tilt % 8 == 0 && hot % 8 == 0 && units.size(0) == 3,
+                  "columns of the tilt and hot ids in eights, three units");
+  cuda::TailFactorsParams p;
+  p.dtype = kernel_dtype(like);
+  p.classes = i64(classes, "classes");
   p.n = mass.size(0);
   p.a = f32(a, "a");
   p.d = f32(d, "d");
@@ -74,18 +74,12 @@ std::tuple<Tensor, Tensor, Tensor> tail_classes_cuda(Tensor scores, Tensor e, Te
   p.units = f32(units, "units");
   p.hot = hot;
   const int64_t width = tilt + hot + p.groups * (cuda::kTailClasses + p.smoothing);
-  const Tensor factors = piece_rows(e, p.n, width);
+  const Tensor factors = piece_rows(like, p.n, width);
   p.factors = static_cast<uint16_t*>(factors.mutable_data_ptr()) + tilt;
   p.ld = factors.stride(0);
   p.width = p.ld - tilt;
-  const Tensor classes = empty(e, {p.n}, ScalarType::Long);
-  p.classes = i64(classes, "classes");
-  p.rows = i64(rows, "rows");
-  p.samples = static_cast<int>(rows.size(0));
-  const Tensor member = empty(e, {cuda::kTailClasses, p.samples}, e.scalar_type());
-  p.member = member.mutable_data_ptr();
-  check_cuda(cuda::tail_classes(p, stream_of(scores)), "tail_classes");
-  return {columns(factors, width), classes, member};
+  check_cuda(cuda::tail_factors(p, stream_of(mass)), "tail_factors");
+  return columns(factors, width);
 }
 
 // dtype's: that of like.
@@ -188,8 +182,8 @@ void add_rows_cuda(Tensor out, Tensor ids, Tensor product, Tensor unit, Tensor l
 }  // namespace cce::torch_api
 
 STABLE_TORCH_LIBRARY_IMPL(cce, CUDA, m) {
-  m.impl("tail_rows", TORCH_BOX(&cce::torch_api::tail_rows_cuda));
-  m.impl("tail_classes", TORCH_BOX(&cce::torch_api::tail_classes_cuda));
+  m.impl("level_sums", TORCH_BOX(&cce::torch_api::level_sums_cuda));
+  m.impl("tail_factors", TORCH_BOX(&cce::torch_api::tail_factors_cuda));
   m.impl("tail_shapes", TORCH_BOX(&cce::torch_api::tail_shapes_cuda));
   m.impl("tilt_ids", TORCH_BOX(&cce::torch_api::tilt_ids_cuda));
   m.impl("tilt_", TORCH_BOX(&cce::torch_api::tilt_cuda));

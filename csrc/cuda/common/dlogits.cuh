@@ -9,16 +9,13 @@
 
 namespace cce::cuda {
 
-// What the epilogue makes: gradients where only a positive factor lies between product and logit; gradients with bias,
-// softcap, label smoothing or any scale; the dropped entries' weights, with everything.
-enum class Epilogue { kPlain, kGeneral, kTail };
+// What the epilogue serves: calls where only a positive factor lies between product and logit; bias, softcap, label
+// smoothing and any scale.
+enum class Epilogue { kPlain, kGeneral };
 
-// What stands for the logit of a column that does not exist: its output is never used, but may be multiplied by zero, so it
-// must be finite; softcap' of -inf is not.
-template <Epilogue kEpilogue>
-__device__ __forceinline__ float absent_logit() {
-  return kEpilogue == Epilogue::kTail ? -INFINITY : 0.0f;
-}
+// Stands for the logit of a column that does not exist: its output is never used, but may be multiplied by zero, so it must
+// be finite; softcap' of -inf is not.
+constexpr float kAbsentLogit = 0.0f;
 
 // Where the epilogue writes.
 template <typename T>
@@ -26,7 +23,6 @@ struct DlogitsOut {
   T* dlogits;
   int64_t ld;
   bool compact;  // rows by position in the order; else at their original places
-  float tail_eps;
 };
 
 template <typename T>
@@ -58,12 +54,9 @@ __device__ __forceinline__ void clear_ignored_rows(const Work& work, int count, 
 template <Epilogue kEpilogue, typename Columns, int kElements>
 __device__ __forceinline__ void logits_to_output(float (&acc)[kElements], int h,
                                                  const RowGradient& row, const LogitParams& logits,
-                                                 float scale, float tail_eps, int first_col,
-                                                 int first) {
+                                                 float scale, int first_col, int first) {
   const int target = row.target < 0 ? -1 : row.target - first_col;
-  if constexpr (kEpilogue == Epilogue::kTail) {
-    logits_to_tail<Columns>(acc, h, row, target, tail_eps, logits, first);
-  } else if constexpr (kEpilogue == Epilogue::kGeneral) {
+  if constexpr (kEpilogue == Epilogue::kGeneral) {
     logits_to_gradients<Columns>(acc, h, row, target, logits, first);
   } else {
     products_to_gradients<Columns>(acc, h, row.a * logits.logit_scale,

@@ -257,31 +257,6 @@ __device__ __forceinline__ void logits_to_gradients(float (&z)[kElements], int h
   }
 }
 
-// z -> a p softcap'(z) of the entries that the sparse gradient drops, 0 for the others, in place.
-template <typename Columns, int kElements>
-__device__ __forceinline__ void logits_to_tail(float (&z)[kElements], int h, const RowGradient& row,
-                                               int target, float eps, const LogitParams& p,
-                                               int first_col) {
-  const int at = target - first_col;
-  const auto weight = [&](int i, float w) {
-    const bool kept = w >= eps || Columns::at(i / 4) + (i & 1) == at;
-    return kept ? 0.0f : row.a * w;
-  };
-  if (p.softcap != 0.0f) {
-#pragma unroll
-    for (int i = 0; i < kElements; ++i) {
-      if ((i >> 1 & 1) != h) continue;
-      const float w = weight(i, ptx::ex2(fmaf(z[i], kLog2E, -row.lse2)));
-      z[i] = w == 0.0f ? 0.0f : w * core::softcap_grad(z[i], p.inv_softcap);
-    }
-  } else {
-#pragma unroll
-    for (int i = 0; i < kElements; ++i) {
-      if ((i >> 1 & 1) == h) z[i] = weight(i, ptx::ex2(fmaf(z[i], kLog2E, -row.lse2)));
-    }
-  }
-}
-
 // Gradients from raw products, where only a positive factor lies between them and the logits and nothing is smoothed.
 // a and target_weight: already times that factor.
 template <typename Columns, int kElements>

@@ -33,9 +33,8 @@ __device__ __forceinline__ void reset_row(RowStates<kGroups, kBlockM>& s, int ro
 }
 
 // Lower bound of the lse, base 2, of the row at `position`; rows beyond the count have no mass.
-__device__ __forceinline__ float row_bound(const Candidates& want, const int32_t* row_order,
-                                           int position, int count) {
-  return position < count ? __ldg(want.bound2 + __ldg(row_order + position)) : INFINITY;
+__device__ __forceinline__ float row_bound(const Candidates& want, int position, int count) {
+  return position < count ? __ldg(&want.starts[position].bound2) : INFINITY;
 }
 
 // Most that a row's sum over a tile may come to beside its reference.

@@ -12,14 +12,13 @@ cudaError_t launch_as(const BackwardParams& p, cudaStream_t stream) {
   return launch<Config>(backward_mainloop<T, Config, kEpilogue>, backward_shared_bytes<Config>(),
                         work, stream, LogitParams(p.head.options, p.head.bias, p.head.c.rows),
                         p.rows, static_cast<int>(p.head.first_col),
-                        DlogitsOut<T>{static_cast<T*>(p.dlogits), p.ld_dlogits, false, p.tail_eps});
+                        DlogitsOut<T>{static_cast<T*>(p.dlogits), p.ld_dlogits, false});
 }
 
 template <typename T, typename Config, bool kHasPlain>
 cudaError_t run(const BackwardParams& p, cudaStream_t stream) {
   const bool plain = LogitParams(p.head.options, p.head.bias, p.head.c.rows).plain() &&
                      p.head.options.label_smoothing == 0.0;
-  if (p.tail) return launch_as<T, Config, Epilogue::kTail>(p, stream);
   if constexpr (kHasPlain) {
     if (plain) return launch_as<T, Config, Epilogue::kPlain>(p, stream);
   }

@@ -1,6 +1,6 @@
 // The sm_80 exact backward's recompute: the forward's long-K product again, its epilogue writing G = dloss/dproduct of one
 // stretch of the vocabulary, 16 bit, row-major, rows at their original places or by position. Matmuls turn G into
-// gradients. The sparse backward learns the shape of its tail from the same kernel (kTail).
+// gradients.
 //
 // Tile, stages, warps and barriers: sm80/mainloop.cuh. Shared memory: the pipeline, then two sets of the rows' gradient
 // records (128 x 32 bytes): while a tile's epilogue works with one, the next unit's records are copied into the other, as
@@ -79,13 +79,12 @@ __device__ __forceinline__ void recompute_tiles(const Work& work, int count,
 #pragma unroll
     for (int m = 0; m < Config::kMmaM; ++m) {
       if constexpr (kEpilogue != Epilogue::kPlain)
-        make_logits<Columns, true>(acc[m], logits, first, absent_logit<kEpilogue>());
+        make_logits<Columns, true>(acc[m], logits, first, kAbsentLogit);
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
         const int r = warp_row + 16 * m + 8 * h;
         const RowGradient row = sets[set * Config::kBlockM + r];
-        logits_to_output<kEpilogue, Columns>(acc[m], h, row, logits, scale, out.tail_eps, first_col,
-                                             first);
+        logits_to_output<kEpilogue, Columns>(acc[m], h, row, logits, scale, first_col, first);
         const int64_t position = at.row_block * Config::kBlockM + r;
         if (position < count)
           store_row<T>(acc[m], h, out.dlogits + (out.compact ? position : row.row) * out.ld, first,

@@ -205,7 +205,7 @@ __device__ void set_plan(const ExactRowsParams& p, Plan<T>& plan, int row0, int 
   work.splits = work.column_tiles;
   work.superblock = kExactRows / Config::kBlockM;
   plan.logits = LogitParams(p.head.options, p.head.bias ? p.head.bias + col0 : nullptr, at.cols);
-  plan.out = {plan.g, kExactCols, true, 0.0f};
+  plan.out = {plan.g, kExactCols, true};
   plan.records = p.rows + row0;
   if (blockIdx.x == 0) *static_cast<int*>(p.workspace) = 0;
 }

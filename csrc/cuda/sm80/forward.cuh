@@ -6,9 +6,10 @@
 // rows); at the end of a unit (one row block x one split) the block merges the four groups in fixed order and writes one
 // partial per row. Shared memory: the pipeline, then RowStates, in training also 6 KB of candidates. In training, entries
 // that the sparse gradient may keep go to the row block's pool in device memory, by way of the warp's candidates in
-// shared memory.
+// shared memory, and the logits of sampled rows straight to theirs, a byte each.
 #pragma once
 
+#include "cuda/common/levels.cuh"
 #include "cuda/common/row_states.cuh"
 #include "cuda/sm80/config.h"
 #include "cuda/sm80/mainloop.cuh"
@@ -75,10 +76,13 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
         const int row = warp_row + 16 * m + 8 * h;
         float bound = 0.0f;
         if constexpr (kTraining)
-          bound =
-              row_bound(candidates, work.row_order, at.row_block * Config::kBlockM + row, count);
+          bound = row_bound(candidates, at.row_block * Config::kBlockM + row, count);
         fold_row<kMode, kTraining, Columns>(acc[m], h, states, group, row, scale, first_col, first,
                                             logits, out, bound, candidates.log2_eps, sink);
+        if constexpr (kTraining)
+          write_levels<Columns>(acc[m], h, candidates, at.row_block * Config::kBlockM + row, count,
+                                scale,
+                                first_col + at.tile * Config::kBlockN + group * Config::kWarpN);
       }
     }
     const int row_block = at.row_block;

@@ -16,14 +16,13 @@ cudaError_t run(const BackwardParams& p, cudaStream_t stream) {
   return launch<Config>(backward_mainloop<T, kEpilogue>, backward_shared_bytes(), work, stream,
                         maps, LogitParams(p.head.options, p.head.bias, p.head.c.rows), p.rows,
                         static_cast<int>(p.head.first_col),
-                        DlogitsOut<T>{static_cast<T*>(p.dlogits), p.ld_dlogits, false, p.tail_eps});
+                        DlogitsOut<T>{static_cast<T*>(p.dlogits), p.ld_dlogits, false});
 }
 
 template <typename T>
 cudaError_t choose(const BackwardParams& p, cudaStream_t stream) {
   const bool plain = LogitParams(p.head.options, p.head.bias, p.head.c.rows).plain() &&
                      p.head.options.label_smoothing == 0.0;
-  if (p.tail) return run<T, Epilogue::kTail>(p, stream);
   return plain ? run<T, Epilogue::kPlain>(p, stream) : run<T, Epilogue::kGeneral>(p, stream);
 }
 

@@ -1,6 +1,5 @@
 // The sm_90 recompute of the exact backward: the forward's long-K product again, its epilogue writing G = dloss/dproduct of
-// one stretch of the vocabulary, 16 bit, row-major, rows at their original places. Matmuls turn G into
-// gradients. The sparse backward learns the shape of its tail from the same kernel (kTail).
+// one stretch of the vocabulary, 16 bit, row-major, rows at their original places. Matmuls turn G into gradients.
 //
 // Tile 128 x 192 x 64, 5 stages, warp roles and barriers: sm90/mainloop.cuh; shared memory: the pipeline and its barriers.
 // Epilogue: a warp owns 32 rows of each tile; the lanes of a quad trade columns so that each stores 16 bytes at a time.
@@ -69,14 +68,13 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
 #pragma unroll 1
     for (int m = 0; m < Config::kMmaM; ++m) {
       if constexpr (kEpilogue != Epilogue::kPlain)
-        make_logits<PairedColumns, false>(acc[0], logits, mine, absent_logit<kEpilogue>());
+        make_logits<PairedColumns, false>(acc[0], logits, mine, kAbsentLogit);
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
         const int position = at.row_block * Config::kBlockM + warp_row + 64 * m + 8 * h;
         const bool exists = position < count;
         const RowGradient row = read_record(records + (exists ? position : count - 1));
-        logits_to_output<kEpilogue, PairedColumns>(acc[0], h, row, logits, scale, out.tail_eps,
-                                                   first_col, mine);
+        logits_to_output<kEpilogue, PairedColumns>(acc[0], h, row, logits, scale, first_col, mine);
         // The record is read again: registers are short in the loops above.
         const int64_t to = !exists ? position : __ldg(&records[position].row);
         store_row<T>(acc[0], h, out.dlogits + to * out.ld, exists, first, out.ld);

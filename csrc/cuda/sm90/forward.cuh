@@ -5,9 +5,11 @@
 // tile, the same ones in both warpgroups, and folds them into the states, whose turn the memory barriers pass on; so a
 // unit's tiles are added in order, and at its end the warpgroup that had the last tile writes one partial a row and clears
 // the states. The halves of the accumulators go through one copy of the code. In training, entries that the sparse gradient
-// may keep go to the row block's pool in device memory, by way of the warp's candidates in shared memory.
+// may keep go to the row block's pool in device memory, by way of the warp's candidates in shared memory, and the logits of
+// sampled rows straight to theirs, a byte each.
 #pragma once
 
+#include "cuda/common/levels.cuh"
 #include "cuda/common/row_states.cuh"
 #include "cuda/ptx/special.cuh"
 #include "cuda/sm90/mainloop.cuh"
@@ -74,11 +76,14 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
         const int row = first_row() + 64 * m + 8 * h;
         float bound = 0.0f;
         if constexpr (kTraining)
-          bound =
-              row_bound(candidates, work.row_order, at.row_block * Config::kBlockM + row, count);
+          bound = row_bound(candidates, at.row_block * Config::kBlockM + row, count);
         fold_row<kMode, kTraining, PairedColumns>(acc[0], h, states, 0, row, scale, first_col,
                                                   first, logits, out, bound, candidates.log2_eps,
                                                   sink());
+        if constexpr (kTraining)
+          write_levels<PairedColumns>(acc[0], h, candidates,
+                                      at.row_block * Config::kBlockM + first_row() + 64 * m + 8 * h,
+                                      count, scale, first_col + at.tile * Config::kBlockN);
       }
 #pragma unroll
       for (int i = 0; i < Config::kAccumulators; ++i) acc[0][i] = acc[1][i];

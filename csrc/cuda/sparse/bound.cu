@@ -1,4 +1,5 @@
-// A lower bound of each row's lse from a few thousand of its logits. One warp a row, no shared memory.
+// A lower bound of each row's lse from a few thousand of its logits, and about what the row will drop. One warp a row, no
+// shared memory.
 #include "cuda/common/epilogue.cuh"
 #include "cuda/sparse/lists.h"
 
@@ -55,9 +56,7 @@ struct Estimate {
   float reference = -INFINITY, largest = 0.0f, rest = 0.0f, squares = 0.0f;
 };
 
-__device__ Estimate estimate_strided(const BoundParams& p, const float* products) {
-  float x[kPerLane];
-  load_logits(p, products, 0, p.strided, x);
+__device__ Estimate estimate_strided(const float (&x)[kPerLane]) {
   Estimate e;
   float below = INFINITY;
   // The next smaller value each time; equal values are taken together and count as one, which only lowers the result.
@@ -118,9 +117,21 @@ __global__ void __launch_bounds__(kThreads) bound_kernel(const __grid_constant__
   if (row >= p.rows) return;
   const float* products = p.products + row * p.columns;
   const float stride = static_cast<float>(p.vocab) / static_cast<float>(p.strided);
-  float bound = least_mass(estimate_strided(p, products), add_sampled(p, products), stride);
+  float strided[kPerLane];
+  load_logits(p, products, 0, p.strided, strided);
+  float bound = least_mass(estimate_strided(strided), add_sampled(p, products), stride);
   bound = fmaxf(bound, p.target_logit[row] * kLog2E) - kBoundMargin;
-  if (threadIdx.x % 32 == 0) p.bound2[row] = bound;
+  // Of entries below the threshold; nothing jumps where one crosses it, so that rounding draws no other rows.
+  float dropped = 0.0f;
+#pragma unroll
+  for (int i = 0; i < kPerLane; ++i) {
+    const float w = ptx::ex2(strided[i] - bound);
+    dropped += fmaxf(fminf(w, p.eps - w), 0.0f);
+  }
+  dropped = warp_sum(dropped) * stride;
+  if (threadIdx.x % 32 != 0) return;
+  p.bound2[row] = bound;
+  p.share[row] = fminf(fmaxf(dropped, kLeastShare), 1.0f);
 }
 
 }  // namespace

@@ -33,7 +33,7 @@ __device__ void load_rows(const KeepParams& p, Rows& rows, int& hopeless) {
       const int64_t row = p.order.rows[position];
       rows.lse2[i] = p.lse[row] * kLog2E;
       rows.target_logit[i] = p.target_logit[row];
-      if (p.candidates.bound2[row] > rows.lse2[i]) atomicOr(&hopeless, 1);
+      if (p.bound2[row] > rows.lse2[i]) atomicOr(&hopeless, 1);
       const int64_t target = p.targets[row];
       if (core::classify_target(target, p.shard_size, p.options) == core::TargetKind::kHere)
         rows.target[i] = static_cast<int>(target - p.options.vocab_start);

@@ -24,8 +24,13 @@ struct BoundParams {
   int strided = 0;  // the first ones lie at equal distances in the vocabulary
   int64_t vocab = 0;
   core::LossOptions options;
+  float eps = 0.0f;         // the threshold
   float* bound2 = nullptr;  // (rows,), base 2
+  float* share = nullptr;   // (rows,): about what the row will drop, from kLeastShare to 1
 };
+
+// No row is thought to drop less: what a row weighs in the sample is the inverse.
+constexpr float kLeastShare = 0x1p-8f;
 
 struct BoundColumnsParams {
   const int64_t* targets = nullptr;  // (N,)
@@ -44,6 +49,21 @@ cudaError_t bound_columns(const BoundColumnsParams& params, cudaStream_t stream)
 // A lower bound of each row's lse, from above by at most a factor for odd rows; see cce_ext/sparse/reference.py.
 cudaError_t row_bounds(const BoundParams& params, cudaStream_t stream);
 
+struct DrawRowsParams {
+  const float* share = nullptr;   // (N,) by row
+  const float* bound2 = nullptr;  // (N,) by row
+  RowOrder order;
+  int64_t n = 0;
+  int samples = 0;
+  RowStart* starts = nullptr;  // (N,) by position
+  int64_t* rows = nullptr;     // (samples,): a row for each slot, ascending
+  float* draws =
+      nullptr;  // (samples,): how often it was drawn, over its share; 0: nobody has the slot
+};
+
+// The rows whose tails stand for all: at equal steps of the cumulated share of those that count; all, if they are few.
+cudaError_t draw_rows(const DrawRowsParams& params, cudaStream_t stream);
+
 // ---- after the forward ----
 
 // Parts of a row block that are worked on at once.
@@ -52,6 +72,7 @@ constexpr int kKeepParts = 8;
 struct KeepParams {
   Candidates candidates;
   RowOrder order;
+  const float* bound2 = nullptr;        // (N,) by row
   const float* lse = nullptr;           // (N,) by row
   const float* target_logit = nullptr;  // (N,) by row
   const int64_t* targets = nullptr;     // (N,) by row
@@ -160,19 +181,11 @@ cudaError_t dropped_mass(const MassParams& params, cudaStream_t stream);
 
 // ---- backward ----
 
-// What a block of backward_sample finds in its rows, for the others.
-constexpr int kSampleBlocks = 64;
-struct alignas(16) SampleLargest {
-  float tail, a, d;  // |a| mass, |a|, |d|
-  int valid;         // rows that count
-};
-struct alignas(16) SampleSums {
-  int64_t steps;    // in the systematic sample
-  int some, exact;  // rows that have steps, exact rows
-};
-struct SampleBlock {
-  SampleLargest largest;
-  SampleSums sums;
+// What a block of backward_rows finds in its rows, for the others.
+constexpr int kRowsBlocks = 64;
+struct alignas(16) RowsFound {
+  float tail, a, d;  // largest |a| mass, |a|, |d| of rows that are not exact
+  int valid, exact;  // rows that count, rows that go the exact way
 };
 
 struct BackwardRowsParams {
@@ -183,30 +196,28 @@ struct BackwardRowsParams {
   const float* mass = nullptr;      // (N, groups)
   const uint8_t* listed = nullptr;  // (N,): rows that go the exact way whatever T is
   int64_t n = 0, ignore_index = 0;
-  int groups = 0, sample = 0;
+  int groups = 0;
   float flat = 0.0f;  // T from which all rows go the exact way
   // By backward_shares:
   float* a = nullptr;         // (N,): dnll + dlse
   float* d = nullptr;         // (N,): dnll
   float* row_mass = nullptr;  // (N,)
-  float* share = nullptr;  // (1,): T; shards of a vocabulary add theirs up before backward_sample
-  // By backward_sample, which clears a and d of exact rows:
-  float* d_all = nullptr;         // (N,): d as it was
-  uint8_t* exact = nullptr;       // (N,)
-  float* exact_share = nullptr;   // (1,): of the rows that count
-  SampleBlock* blocks = nullptr;  // (kSampleBlocks,): workspace
-  int32_t* order = nullptr;       // (N,): exact rows first, ascending, the others after them
-  int32_t* count = nullptr;       // (1,): exact rows
+  float* share = nullptr;     // (1,): T; shards of a vocabulary add theirs up before backward_rows
+  // By backward_rows, which clears a and d of exact rows:
+  float* d_all = nullptr;        // (N,): d as it was
+  uint8_t* exact = nullptr;      // (N,)
+  float* exact_share = nullptr;  // (1,): of the rows that count
+  RowsFound* found = nullptr;    // (kRowsBlocks,): workspace
+  int32_t* order = nullptr;      // (N,): exact rows first, ascending, the others after them
+  int32_t* count = nullptr;      // (1,): exact rows
   // Units of 16-bit factors (3,): of weights of kept entries, of mass * a, of products with shapes.
   float* units = nullptr;
   float unit_scale = 0.0f;    // |logit scale|; 0: bf16, all units are 1
   float unit_uniform = 0.0f;  // what a group's share of label smoothing is to |d|
-  int64_t* rows = nullptr;    // (sample,): at equal steps of the cumulated |a| mass
-  float* weight = nullptr;    // (N,): what each row's tail counts in a sum of samples
 };
 
 cudaError_t backward_shares(const BackwardRowsParams& params, cudaStream_t stream);
-cudaError_t backward_sample(const BackwardRowsParams& params, cudaStream_t stream);
+cudaError_t backward_rows(const BackwardRowsParams& params, cudaStream_t stream);
 
 struct WeightParams {
   const int32_t* count = nullptr;  // (1,): entries

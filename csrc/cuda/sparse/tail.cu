@@ -1,13 +1,11 @@
-// The tail between the matmuls: the sampled rows brought together (a block a row), classes of rows and the factors that
-// follow from them (a warp a row), shapes of the classes' tails (a block a group of ids, which it reads once and holds in
-// registers), and the products of hot ids added to their rows of the gradient. cce_ext/sparse/tail.py has the same steps in
-// PyTorch. No atomics; sums in a fixed order.
+// The tail between the matmuls: the rows' factors (a warp a row), shapes of the classes' tails (a block a group of ids,
+// which it reads once and holds in registers), and the products of hot ids added to their rows of the gradient.
+// cce_ext/sparse/tail.py has the same steps in PyTorch. No atomics; sums in a fixed order.
 #include <algorithm>
 #include <cfloat>
 #include <cub/block/block_reduce.cuh>
 
 #include "cuda/common/convert.cuh"
-#include "cuda/common/row_gradient.cuh"
 #include "cuda/sparse/tail.h"
 #include "cuda/sparse/tail_steps.cuh"
 
@@ -18,44 +16,12 @@ constexpr int kThreads = 256, kWarps = kThreads / 32;
 constexpr int kShapeThreads = 512, kShapeCols = kGroupCols / kShapeThreads;
 static_assert(kShapeCols * kShapeThreads == kGroupCols, "whole columns a thread");
 
-__device__ __forceinline__ void copy_pieces(const Matrix& from, int64_t row, void* to, int64_t ld,
-                                            int64_t to_row) {
-  const auto* source =
-      reinterpret_cast<const uint4*>(static_cast<const uint16_t*>(from.data) + row * from.ld);
-  auto* target = reinterpret_cast<uint4*>(static_cast<uint16_t*>(to) + to_row * ld);
-  for (int64_t i = threadIdx.x; i < ld / 8; i += kThreads) target[i] = source[i];
-}
-
-__global__ void __launch_bounds__(kThreads) rows_kernel(const __grid_constant__ TailRowsParams p) {
-  const int64_t place = blockIdx.x, row = p.rows[place];
-  copy_pieces(p.e, row, p.e_sampled, p.e_sampled_ld, place);
-  if (p.u.data) copy_pieces(p.u, row, p.u_sampled, p.u_sampled_ld, place);
-  if (threadIdx.x != 0) return;
-  p.records[place] = make_row_gradient(place, 0.0f, p.weight[row] * p.lift, p.lse[row],
-                                       p.targets[row], p.shard_size, p.options);
-  p.order[place] = static_cast<int32_t>(place);
-  if (place == 0) *p.count = p.samples;
-}
-
-// The first anchor with the largest product, or the first that is NaN.
-__device__ __forceinline__ int class_of(const TailClassesParams& p, int64_t row) {
-  const float* scores = p.scores + row * p.anchors;
-  int best = 0;
-  float largest = scores[0];
-  for (int k = 1; k < p.anchors; ++k) {
-    const float score = scores[k];
-    if (largest == largest && !(score <= largest)) {
-      best = k;
-      largest = score;
-    }
-  }
-  return best;
-}
-
 template <typename T>
-__device__ void write_factors(const TailClassesParams& p, int64_t row, int lane) {
-  const int chosen = class_of(p, row);
-  if (lane == 0) p.classes[row] = chosen;
+__global__ void __launch_bounds__(kThreads)
+    factors_kernel(const __grid_constant__ TailFactorsParams p) {
+  const int64_t row = static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / 32;
+  if (row >= p.n) return;
+  const int lane = threadIdx.x % 32, chosen = static_cast<int>(p.classes[row]);
   T* factors = static_cast<T*>(p.factors) + row * p.ld;
   for (int64_t i = lane; i < p.hot / 8; i += 32)
     reinterpret_cast<uint4*>(factors)[i] = make_uint4(0, 0, 0, 0);
@@ -70,24 +36,6 @@ __device__ void write_factors(const TailClassesParams& p, int64_t row, int lane)
     if (group < p.groups && kind == chosen) value = mass[group] * a / unit;
     factors[p.hot + i] = narrow<T>(value);
   }
-}
-
-// Blocks of the rows first, then those of the samples.
-template <typename T>
-__global__ void __launch_bounds__(kThreads)
-    classes_kernel(const __grid_constant__ TailClassesParams p) {
-  const int64_t row_blocks = (p.n + kWarps - 1) / kWarps;
-  if (blockIdx.x < row_blocks) {
-    const int64_t row = static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / 32;
-    if (row < p.n) write_factors<T>(p, row, threadIdx.x % 32);
-    return;
-  }
-  const int64_t sample = (blockIdx.x - row_blocks) * kThreads + threadIdx.x;
-  if (sample >= p.samples) return;
-  const int chosen = class_of(p, p.rows[sample]);
-  T* member = static_cast<T*>(p.member) + sample;
-  for (int k = 0; k < kTailClasses; ++k)
-    member[int64_t{k} * p.samples] = narrow<T>(k == chosen ? 1.0f : 0.0f);
 }
 
 template <typename T>
@@ -166,18 +114,11 @@ __global__ void __launch_bounds__(kThreads) add_kernel(const __grid_constant__ A
 
 }  // namespace
 
-cudaError_t tail_rows(const TailRowsParams& params, cudaStream_t stream) {
-  if (params.samples == 0) return cudaSuccess;
-  rows_kernel<<<params.samples, kThreads, 0, stream>>>(params);
-  return cudaGetLastError();
-}
-
-cudaError_t tail_classes(const TailClassesParams& params, cudaStream_t stream) {
+cudaError_t tail_factors(const TailFactorsParams& params, cudaStream_t stream) {
   if (params.n == 0) return cudaSuccess;
-  const int64_t blocks =
-      (params.n + kWarps - 1) / kWarps + (params.samples + kThreads - 1) / kThreads;
+  const int64_t blocks = (params.n + kWarps - 1) / kWarps;
   const auto kernel =
-      params.dtype == Dtype::kBFloat16 ? classes_kernel<__nv_bfloat16> : classes_kernel<__half>;
+      params.dtype == Dtype::kBFloat16 ? factors_kernel<__nv_bfloat16> : factors_kernel<__half>;
   kernel<<<static_cast<unsigned>(blocks), kThreads, 0, stream>>>(params);
   return cudaGetLastError();
 }

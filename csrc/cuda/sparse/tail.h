@@ -7,37 +7,45 @@
 namespace cce::cuda {
 
 constexpr int kTailClasses = 8;  // as in tail.py
-// Rows that drop less than this have no tail worth a sample, and 1 / mass would not be finite.
+// Rows that drop less than this have no tail, and 1 / mass would not be finite.
 constexpr float kNothing = 1e-30f;
 // What shapes are multiplied by in float16, whose numbers end at 6e-8: they are about 1 / kGroupCols.
 constexpr float kShapeLift = 64.0f;
 
-// The sampled rows as a call of their own: everything in the order of the sample.
-struct TailRowsParams {
-  const int64_t* rows = nullptr;  // (samples,) row numbers
-  int samples = 0;
-  Matrix e, u;                                      // (N, D), (N, R); no data: no low-rank head
-  void *e_sampled = nullptr, *u_sampled = nullptr;  // (samples, ld), 16-bit
-  int64_t e_sampled_ld = 0, u_sampled_ld = 0;       // whole 16-byte pieces
-  const float* lse = nullptr;                       // (N,)
-  const int64_t* targets = nullptr;                 // (N,)
-  const float* weight = nullptr;                    // (N,): what a row's tail counts
-  float lift = 1.0f;                                // factor of the weights
-  int64_t shard_size = 0;
+// What the sampled rows drop, summed by class, from the forward's levels.
+constexpr int kMaxSamples = 256;
+struct alignas(16) LevelRow {
+  int32_t slot, limit;   // the largest level that is dropped
+  float offset, origin;  // log2 of what level 0 adds to the sum; its base-2 logit
+};
+struct LevelSumsParams {
+  const uint8_t* levels = nullptr;  // (samples, ld), see Candidates
+  int64_t ld = 0;
+  bool paired = false;               // how the kernel that wrote them holds its columns
+  const int64_t* rows = nullptr;     // (samples,)
+  const float* draws = nullptr;      // (samples,)
+  int samples = 0;                   // kMaxSamples at most
+  const int64_t* classes = nullptr;  // (N,)
+  const float* bound2 = nullptr;     // (N,)
+  const float* lse = nullptr;        // (N,)
+  const int64_t* targets = nullptr;  // (N,)
+  const uint8_t* exact = nullptr;    // (N,): rows that stand for none
+  int64_t vocab = 0;
   core::LossOptions options;
-  RowGradient* records = nullptr;  // (samples,)
-  int32_t* order = nullptr;        // (samples,): 0, 1, 2, ...
-  int32_t* count = nullptr;        // (1,): samples
+  float log2_eps = 0.0f;
+  float* weight = nullptr;        // (samples,): what a row's tail counts: draws, 0 of exact rows
+  LevelRow* sorted = nullptr;     // (samples,): workspace, by class
+  int32_t* targets_of = nullptr;  // (samples,): workspace, shard-local ids by slot, -1: none
+  int32_t* first = nullptr;       // (kTailClasses + 1,): workspace, where a class's rows start
+  float* sums = nullptr;          // (kTailClasses, vocab)
 };
 
-cudaError_t tail_rows(const TailRowsParams& params, cudaStream_t stream);
+cudaError_t level_sums(const LevelSumsParams& params, cudaStream_t stream);
 
-// Each row's class, and the row's factors of the products: columns of hot ids, which entry_weights fills later, then what
-// the row drops in group g if it is of class k, at g * kinds + k. With label smoothing there is one more kind, of which
-// every row is.
-struct TailClassesParams {
-  const float* scores = nullptr;  // (N, anchors): products with the anchors
-  int anchors = 0;                // at most kTailClasses
+// The row's factors of the products: columns of hot ids, which entry_weights fills later, then what the row drops in group g
+// if it is of class k, at g * kinds + k. With label smoothing there is one more kind, of which every row is.
+struct TailFactorsParams {
+  const int64_t* classes = nullptr;  // (N,)
   int64_t n = 0;
   const float* a = nullptr;     // (N,)
   const float* d = nullptr;     // (N,)
@@ -46,17 +54,13 @@ struct TailClassesParams {
   float scale = 1.0f;    // of mass * a: the logit scale
   float uniform = 0.0f;  // of d: what label smoothing spreads over a group, 0 without
   bool smoothing = false;
-  const float* units = nullptr;  // (3,), by backward_sample
+  const float* units = nullptr;  // (3,), by backward_rows
   Dtype dtype = Dtype::kBFloat16;
   void* factors = nullptr;  // (N, width): hot + groups * kinds columns, zeros up to the width
   int64_t ld = 0, hot = 0, width = 0;  // multiples of 8
-  int64_t* classes = nullptr;          // (N,)
-  const int64_t* rows = nullptr;       // (samples,)
-  int samples = 0;
-  void* member = nullptr;  // (kTailClasses, samples): 1 where a sampled row is of the class
 };
 
-cudaError_t tail_classes(const TailClassesParams& params, cudaStream_t stream);
+cudaError_t tail_factors(const TailFactorsParams& params, cudaStream_t stream);
 
 // The shapes of the classes' tails, from their sums: each mixed with a little of all, then normal in every group.
 struct TailShapesParams {

@@ -17,13 +17,6 @@ static_assert(kIdCols * kIdThreads == kGroupCols, "whole columns a thread");
 constexpr int kMeanCols = 32, kMeanParts = 8;
 constexpr int kRowWarps = 8;
 
-// How many of `count` aims, half a step and then a step apart, lie before x.
-__device__ __forceinline__ int aims_before(int64_t x, int64_t step, int count) {
-  const int64_t beyond = x - step / 2;
-  if (beyond <= 0) return 0;
-  return static_cast<int>(min((beyond + step - 1) / step, int64_t{count}));
-}
-
 __global__ void __launch_bounds__(kIdThreads) ids_kernel(const __grid_constant__ TiltIdsParams p) {
   using Sum = cub::BlockReduce<int64_t, kIdThreads>;
   using Scan = cub::BlockScan<int64_t, kIdThreads>;
@@ -110,7 +103,7 @@ __global__ void __launch_bounds__(kMeanCols* kMeanParts)
   for (int s = part; s < p.samples; s += kMeanParts) {
     const int64_t row = p.rows[s];
     const int of = static_cast<int>(p.classes[row]);
-    const float w = p.weight[row] * p.row_mass[row];
+    const float w = p.weight[s] * p.row_mass[row];
     const float z = j < p.count ? logit(static_cast<const T*>(p.z)[row * p.ld + j], j) : 0.0f;
 #pragma unroll
     for (int k = 0; k < kTailClasses; ++k) {

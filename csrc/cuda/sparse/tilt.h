@@ -32,7 +32,7 @@ struct TiltParams {
   const int64_t* classes = nullptr;  // (N,)
   const int64_t* rows = nullptr;     // (samples,)
   int samples = 0;
-  const float* weight = nullptr;    // (N,), as TailRowsParams'
+  const float* weight = nullptr;    // (samples,), as LevelSumsParams'
   const float* row_mass = nullptr;  // (N,)
   const float* mass = nullptr;      // (N, groups)
   int groups = 0;
@@ -41,7 +41,7 @@ struct TiltParams {
   core::LossOptions options;
   float shared = 0.0f;                    // share of all classes' mean in each class's
   float strength = 0.0f, damping = 0.0f;  // β = strength / (1 + damping v)
-  const float* units = nullptr;           // (3,), by backward_sample
+  const float* units = nullptr;           // (3,), by backward_rows
   float* means = nullptr;                 // (kTailClasses, count): scratch
 };
 
