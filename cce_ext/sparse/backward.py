@@ -20,14 +20,12 @@ class _Call(NamedTuple):
 
     e: Tensor  # (N, D)
     c: Tensor  # (V, D)
-    targets: Tensor
     lse: Tensor
     bias: Tensor | None  # float32
     u: Tensor | None
     lora_b: Tensor | None  # e's dtype
     options: LossOptions
     vocab: tuple[int, int]  # first id, size of the whole vocabulary
-    eps: float
 
 
 def backward(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -117,7 +115,6 @@ def _sparse(
     call = _Call(
         readable(e, e.dtype),
         readable(c, c.dtype),  # a copy only where c starts in the middle of 16 bytes
-        targets,
         lse.contiguous(),
         None if bias is None else bias.float().contiguous(),
         None if u is None else readable(u, e.dtype),
@@ -125,7 +122,6 @@ def _sparse(
         None if lora_b is None else readable(lora_b, e.dtype),
         LossOptions(ignore_index, softcap, logit_scale, label_smoothing),
         (vocab_start, total),
-        eps,
     )
 
     # What is there for each gradient: (N, width) or (V, width), and where it starts from.

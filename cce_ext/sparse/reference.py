@@ -135,12 +135,12 @@ def sparse_gradients(
     # Forward: candidates; finish: what is kept, and the mass of what is not.
     frequent = sampled_targets(targets[valid]) - shard.start
     frequent = frequent[(frequent >= 0) & (frequent < vocab)]
-    bound = sample_bound(z, sampled_columns(vocab, z.device), frequent)
+    strided = sampled_columns(vocab, z.device)
+    bound = sample_bound(z, strided, frequent)
     own = torch.where(here, z.gather(1, slot[:, None])[:, 0], -torch.inf)
     bound = torch.maximum(bound, own) - 0.01 * math.log(2)
-    listed = sampled_columns(vocab, z.device)
-    strided = torch.where(torch.isin(listed, frequent), -torch.inf, z[:, listed])
-    drops = tail.dropped_estimate(strided, bound, eps, vocab / len(listed))
+    others = torch.where(torch.isin(strided, frequent), -torch.inf, z[:, strided])
+    drops = tail.dropped_estimate(others, bound, eps, vocab / len(strided))
     bound = shard.merge_bounds(bound)
     candidate = (z >= bound[:, None] + math.log(eps)) if eps > 0 else z == z
     kept = (p >= eps) & ~is_target

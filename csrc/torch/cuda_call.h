@@ -266,12 +266,6 @@ inline const float* fp32_vector(const std::optional<Tensor>& t, const char* name
   return static_cast<const float*>(t->const_data_ptr());
 }
 
-// Room for the records of some rows.
-inline Tensor empty_records(const Tensor& like, int64_t count) {
-  constexpr auto kNumbers = static_cast<int64_t>(sizeof(cuda::RowGradient) / sizeof(int32_t));
-  return empty(like, {count, kNumbers}, ScalarType::Int);
-}
-
 // cuda::RowGradient of the rows in the order.
 inline Tensor row_records(const std::optional<Tensor>& dnll, const std::optional<Tensor>& dlse,
                           const Tensor& lse, const Tensor& targets, const Tensor& row_order,
@@ -286,7 +280,8 @@ inline Tensor row_records(const std::optional<Tensor>& dnll, const std::optional
   p.n = row_order.size(0);
   p.shard_size = shard_size;
   p.options = options;
-  const Tensor out = empty_records(lse, p.n);
+  constexpr auto kNumbers = static_cast<int64_t>(sizeof(cuda::RowGradient) / sizeof(int32_t));
+  const Tensor out = empty(lse, {p.n, kNumbers}, ScalarType::Int);
   p.out = static_cast<cuda::RowGradient*>(out.mutable_data_ptr());
   check_cuda(cuda::row_gradients(p, stream_of(lse)), "row_gradients");
   return out;

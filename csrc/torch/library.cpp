@@ -19,7 +19,8 @@ STABLE_TORCH_LIBRARY(cce, m) {
       "Tensor dbias, Tensor du, Tensor dlora_b)");
   // Pieces of the CUDA backward. row_order: row numbers, those that count first, and how many count. row_gradients: one
   // 32-byte record a row, in that order. dlogits_: writes dloss/dproduct of one chunk of the vocabulary, whose first
-  // shard-local id is first_col; rows that do not count become zeros. column_tile: columns of a tile of the kernels that serve this device.
+  // shard-local id is first_col; rows that do not count become zeros. column_tile: columns of a tile of the kernels that
+  // serve this device.
   m.def("column_tile(Tensor like) -> int");
   m.def("row_order(Tensor targets, int ignore_index) -> (Tensor rows, Tensor count)");
   m.def(
@@ -81,9 +82,9 @@ STABLE_TORCH_LIBRARY(cce, m) {
       "Tensor listed, int ignore_index, float flat, float unit_scale, float unit_uniform) -> "
       "(Tensor exact, Tensor exact_share, Tensor d_all, Tensor order, Tensor count, Tensor units)");
   // tail_factors: the rows' factors of the products with tilted ids (left to tilt_), hot ids (left to entry_weights) and
-  // tails. tail_shapes: by id, of like's dtype, and what each group weighs. tilt_ids: ids by that weight, and where each group's start. tilt_: from
-  // products with these ids to what the gradients by rows add to the tail. add_rows_: out[ids] += product * unit; like: of
-  // the inputs' dtype.
+  // tails. tail_shapes: by id, of like's dtype, and what each group weighs. tilt_ids: ids by that weight, and where each
+  // group's start. tilt_: from products with these ids to what the gradients by rows add to the tail. add_rows_: out[ids] +=
+  // product * unit; like: of the inputs' dtype.
   m.def(
       "tail_factors(Tensor classes, Tensor like, Tensor a, Tensor d, Tensor mass, Tensor units, "
       "int tilt, int hot, float scale, float? uniform) -> Tensor");

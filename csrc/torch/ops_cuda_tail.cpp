@@ -23,8 +23,6 @@ std::tuple<Tensor, Tensor> level_sums_cuda(Tensor levels, Tensor rows, Tensor dr
   STD_TORCH_CHECK(levels.size(0) == rows.size(0) && levels.size(1) >= shard_size &&
                       draws.size(0) == rows.size(0),
                   "levels must have a row for each sampled one, and a column for each id");
-  STD_TORCH_CHECK(exact.scalar_type() == ScalarType::Bool && exact.is_contiguous(),
-                  "exact must be bool and contiguous");
   cuda::LevelSumsParams p;
   p.levels = u8(levels, "levels");
   p.ld = levels.size(1);
@@ -36,7 +34,7 @@ std::tuple<Tensor, Tensor> level_sums_cuda(Tensor levels, Tensor rows, Tensor dr
   p.bound2 = f32(bound2, "bound2");
   p.lse = f32(lse, "lse");
   p.targets = i64(targets, "targets");
-  p.exact = static_cast<const uint8_t*>(exact.const_data_ptr());
+  p.exact = data<uint8_t>(exact, ScalarType::Bool, "exact");
   p.vocab = shard_size;
   p.options = {softcap, 1.0, 0.0, ignore_index, vocab_start, vocab_total};
   p.log2_eps = static_cast<float>(std::log2(eps));

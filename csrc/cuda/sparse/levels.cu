@@ -68,7 +68,7 @@ __global__ void __launch_bounds__(kThreads)
     if (target >= begin && target < begin + kBytes) {
       const auto col = static_cast<int>(target % kLevelCols);
       const int64_t byte = target - col + level_byte(col, p.paired);
-      const_cast<uint8_t*>(p.levels)[i * p.ld + byte] = 0;
+      p.levels[i * p.ld + byte] = 0;
     }
   }
   if (threadIdx.x <= kTailClasses) first[threadIdx.x] = p.first[threadIdx.x];

@@ -19,7 +19,7 @@ struct alignas(16) LevelRow {
   float offset, origin;  // log2 of what level 0 adds to the sum; its base-2 logit
 };
 struct LevelSumsParams {
-  const uint8_t* levels = nullptr;  // (samples, ld), see Candidates
+  uint8_t* levels = nullptr;  // (samples, ld), see Candidates; those of targets are cleared
   int64_t ld = 0;
   bool paired = false;               // how the kernel that wrote them holds its columns
   const int64_t* rows = nullptr;     // (samples,)
