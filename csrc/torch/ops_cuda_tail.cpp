@@ -40,13 +40,9 @@ std::tuple<Tensor, Tensor> level_sums_cuda(Tensor levels, Tensor rows, Tensor dr
   p.log2_eps = static_cast<float>(std::log2(eps));
   constexpr auto kNumbers = static_cast<int64_t>(sizeof(cuda::LevelRow) / sizeof(int32_t));
   const Tensor sorted = empty(lse, {p.samples, kNumbers}, ScalarType::Int);
-  const Tensor targets_of = empty(lse, {p.samples}, ScalarType::Int);
-  const Tensor first = empty(lse, {cuda::kTailClasses + 1}, ScalarType::Int);
   const Tensor weight = empty(lse, {p.samples}, ScalarType::Float);
   const Tensor sums = empty(lse, {cuda::kTailClasses, p.vocab}, ScalarType::Float);
   p.sorted = static_cast<cuda::LevelRow*>(sorted.mutable_data_ptr());
-  p.targets_of = i32(targets_of, "targets_of");
-  p.first = i32(first, "first");
   p.weight = floats(weight);
   p.sums = floats(sums);
   check_cuda(cuda::level_sums(p, stream_of(lse)), "level_sums");

@@ -1,49 +1,53 @@
 // What the sampled rows drop, by id and class of rows, from the levels that the forward left of their logits. First one
-// block puts the rows in the order of their classes; then each thread has four neighbouring bytes, 512 a block, and
-// goes through all rows, eight of a class on their way at once. No shared sums, no atomics; the rows are added in a fixed
-// order. cce_ext/sparse/reference.py has the same steps in PyTorch.
+// block puts the rows in the order of their classes. Then a block has 128 bytes of all rows, and each of its eight warps
+// an eighth of the rows, one after the other: four bytes a lane, eight rows on their way at once. Where the class changes, the
+// warp leaves its sums in shared memory, from where they are added up in the order of the warps. No atomics.
+// cce_ext/sparse/reference.py has the same steps in PyTorch.
+#include <cub/block/block_radix_sort.cuh>
+
 #include "cuda/common/levels.cuh"
 #include "cuda/sparse/tail.h"
 
 namespace cce::cuda {
 namespace {
 
-constexpr int kThreads = 128, kBytes = 4 * kThreads, kInFlight = 8;
+constexpr int kWarps = 8, kThreads = 32 * kWarps, kBytes = 4 * 32, kInFlight = 8;
+static_assert(kMaxSamples == kThreads,
+              "a thread a row in sort_kernel, a lane a row in a warp's share");
+static_assert(kTailClasses == kWarps, "a warp adds up a class");
+constexpr int kClassBits = 4;
+static_assert(kTailClasses < 1 << kClassBits, "one more for slots without a row");
 
-__global__ void __launch_bounds__(kMaxSamples)
-    sort_kernel(const __grid_constant__ LevelSumsParams p) {
-  __shared__ int classes[kMaxSamples];
-  const int slot = threadIdx.x;
-  const bool exists = slot < p.samples;
-  const int64_t row = exists ? p.rows[slot] : 0;
-  const int mine = exists ? static_cast<int>(p.classes[row]) : kTailClasses;
-  classes[slot] = mine;
-  __syncthreads();
-  int place = 0;  // of rows of a smaller class, or of this one and before
-  for (int other = 0; other < p.samples; ++other)
-    place += classes[other] < mine || (classes[other] == mine && other < slot);
-  if (slot <= kTailClasses) {
-    int first = 0;
-    for (int other = 0; other < p.samples; ++other) first += classes[other] < slot;
-    p.first[slot] = first;
-  }
-  if (!exists) return;
+__global__ void __launch_bounds__(kThreads) sort_kernel(const __grid_constant__ LevelSumsParams p) {
+  using Sort = cub::BlockRadixSort<int, kThreads, 1, int>;
+  __shared__ typename Sort::TempStorage storage;
+  const bool exists = static_cast<int>(threadIdx.x) < p.samples;
+  int of[1] = {exists ? static_cast<int>(p.classes[p.rows[threadIdx.x]]) : kTailClasses};
+  int slots[1] = {static_cast<int>(threadIdx.x)};
+  Sort(storage).Sort(of, slots, 0, kClassBits);
+  const int slot = slots[0];
+  if (slot >= p.samples) return;
+  const int64_t row = p.rows[slot];
   const float lse2 = p.lse[row] * kLog2E, bound2 = p.bound2[row];
   const float weight = p.exact[row] ? 0.0f : p.draws[slot];
   const float above = bound2 - lse2;
   LevelRow r;
-  r.slot = slot;
+  r.slot = static_cast<int16_t>(slot);
+  r.of = static_cast<int16_t>(of[0]);
   r.origin = kLowestOctave + bound2;
   r.offset = kLowestOctave + above + log2f(weight);
   // A level below this one is dropped. A row that stands for none, or has no lse, drops nothing.
   const float beyond = (p.log2_eps - above - kLowestOctave) * kLevelsPerOctave;
   const bool some = weight > 0.0f && fabsf(above) < INFINITY;
   r.limit = some ? static_cast<int>(ceilf(fminf(beyond, kTopLevel + 1.0f))) - 1 : -1;
-  p.sorted[place] = r;
+  p.sorted[threadIdx.x] = r;
   p.weight[slot] = weight;
+  // A target is never dropped.
   const int64_t target = p.targets[row];
-  const bool here = core::classify_target(target, p.vocab, p.options) == core::TargetKind::kHere;
-  p.targets_of[slot] = here ? static_cast<int32_t>(target - p.options.vocab_start) : -1;
+  if (core::classify_target(target, p.vocab, p.options) != core::TargetKind::kHere) return;
+  const int64_t id = target - p.options.vocab_start;
+  const auto col = static_cast<int>(id % kLevelCols);
+  p.levels[slot * p.ld + id - col + level_byte(col, p.paired)] = 0;
 }
 
 template <bool kCapped>
@@ -58,54 +62,57 @@ __device__ __forceinline__ float dropped(float level, const LevelRow& row, float
 template <bool kCapped>
 __global__ void __launch_bounds__(kThreads)
     sums_kernel(const __grid_constant__ LevelSumsParams p, float inv_softcap) {
-  __shared__ LevelRow rows[kMaxSamples];
-  __shared__ int first[kTailClasses + 1];
-  const int64_t begin = int64_t{blockIdx.x} * kBytes, at = begin + 4 * threadIdx.x;
-  for (int i = threadIdx.x; i < p.samples; i += kThreads) {
-    rows[i] = p.sorted[i];
-    // A target is never dropped; only this block reads its level.
-    const int64_t target = p.targets_of[i];
-    if (target >= begin && target < begin + kBytes) {
-      const auto col = static_cast<int>(target % kLevelCols);
-      const int64_t byte = target - col + level_byte(col, p.paired);
-      p.levels[i * p.ld + byte] = 0;
+  __shared__ LevelRow all_rows[kThreads];
+  __shared__ alignas(16) float parts[kTailClasses][kWarps][kBytes];  // by column
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const int64_t begin = int64_t{blockIdx.x} * kBytes, at = begin + 4 * lane;
+  const int in_word = 4 * lane % kLevelCols, word_col = 4 * lane - in_word;
+  const auto leave = [&](int of, const float (&sum)[4]) {
+#pragma unroll
+    for (int i = 0; i < 2; ++i)
+      *reinterpret_cast<float2*>(
+          &parts[of][warp][word_col + level_column(in_word + 2 * i, p.paired)]) = {sum[2 * i],
+                                                                                   sum[2 * i + 1]};
+  };
+  const int share = (p.samples + kWarps - 1) / kWarps;  // of the rows, 32 at most
+  const int first = warp * share, count = min(share, p.samples - first);
+  LevelRow* rows = all_rows + 32 * warp;
+  if (lane < count) rows[lane] = p.sorted[first + lane];
+  float sum[4] = {};
+#pragma unroll
+  for (int k = 0; k < kTailClasses; ++k) leave(k, sum);
+  __syncwarp();
+  const uint8_t* levels = p.levels + min(at, p.ld - 4);
+  for (int i = 0; i < count; i += kInFlight) {
+    uint32_t word[kInFlight];
+#pragma unroll
+    for (int u = 0; u < kInFlight; ++u)
+      word[u] =
+          *reinterpret_cast<const uint32_t*>(levels + rows[min(i + u, count - 1)].slot * p.ld);
+#pragma unroll
+    for (int u = 0; u < kInFlight; ++u) {
+      if (i + u >= count) break;
+      const LevelRow row = rows[i + u];
+#pragma unroll
+      for (int b = 0; b < 4; ++b) {
+        // The byte as the lowest of 2^23's number.
+        const float level =
+            __uint_as_float(__byte_perm(word[u], 0x4b000000u, 0x7440 + b)) - 0x1p23f;
+        sum[b] += dropped<kCapped>(level, row, inv_softcap);
+      }
+      if (i + u + 1 < count && rows[i + u + 1].of == row.of) continue;
+      leave(row.of, sum);
+#pragma unroll
+      for (int b = 0; b < 4; ++b) sum[b] = 0.0f;
     }
   }
-  if (threadIdx.x <= kTailClasses) first[threadIdx.x] = p.first[threadIdx.x];
   __syncthreads();
-  if (at >= p.ld) return;
-  const auto in_word = static_cast<int>(at % kLevelCols);
-  const int64_t words = at - in_word;
-  const int64_t columns[2] = {words + level_column(in_word, p.paired),
-                              words + level_column(in_word + 2, p.paired)};
-  for (int k = 0; k < kTailClasses; ++k) {
-    float sum[4] = {};
-    const int end = first[k + 1];
-    for (int i = first[k]; i < end; i += kInFlight) {
-      uint32_t word[kInFlight];
+  float* to = p.sums + warp * p.vocab;
+  for (int col = lane; col < kBytes && begin + col < p.vocab; col += 32) {
+    float all = 0.0f;
 #pragma unroll
-      for (int u = 0; u < kInFlight; ++u)
-        word[u] = *reinterpret_cast<const uint32_t*>(p.levels +
-                                                     rows[min(i + u, end - 1)].slot * p.ld + at);
-#pragma unroll
-      for (int u = 0; u < kInFlight; ++u) {
-        if (i + u >= end) break;
-        const LevelRow row = rows[i + u];
-#pragma unroll
-        for (int b = 0; b < 4; ++b) {
-          // The byte as the lowest of 2^23's number.
-          const float level =
-              __uint_as_float(__byte_perm(word[u], 0x4b000000u, 0x7440 + b)) - 0x1p23f;
-          sum[b] += dropped<kCapped>(level, row, inv_softcap);
-        }
-      }
-    }
-    float* to = p.sums + k * p.vocab;
-#pragma unroll
-    for (int b = 0; b < 4; ++b) {
-      const int64_t column = columns[b / 2] + b % 2;
-      if (column < p.vocab) to[column] = sum[b];
-    }
+    for (int w = 0; w < kWarps; ++w) all += parts[warp][w][col];
+    to[begin + col] = all;
   }
 }
 
@@ -114,7 +121,7 @@ __global__ void __launch_bounds__(kThreads)
 cudaError_t level_sums(const LevelSumsParams& params, cudaStream_t stream) {
   if (params.samples > kMaxSamples || params.ld % kLevelCols) return cudaErrorInvalidValue;
   if (params.samples == 0 || params.vocab == 0) return cudaSuccess;
-  sort_kernel<<<1, kMaxSamples, 0, stream>>>(params);
+  sort_kernel<<<1, kThreads, 0, stream>>>(params);
   const auto blocks = static_cast<unsigned>((params.ld + kBytes - 1) / kBytes);
   const double cap = params.options.softcap;
   if (cap == 0.0)

@@ -15,7 +15,8 @@ constexpr float kShapeLift = 64.0f;
 // What the sampled rows drop, summed by class, from the forward's levels.
 constexpr int kMaxSamples = 256;
 struct alignas(16) LevelRow {
-  int32_t slot, limit;   // the largest level that is dropped
+  int16_t slot, of;      // its class
+  int32_t limit;         // the largest level that is dropped
   float offset, origin;  // log2 of what level 0 adds to the sum; its base-2 logit
 };
 struct LevelSumsParams {
@@ -33,11 +34,9 @@ struct LevelSumsParams {
   int64_t vocab = 0;
   core::LossOptions options;
   float log2_eps = 0.0f;
-  float* weight = nullptr;        // (samples,): what a row's tail counts: draws, 0 of exact rows
-  LevelRow* sorted = nullptr;     // (samples,): workspace, by class
-  int32_t* targets_of = nullptr;  // (samples,): workspace, shard-local ids by slot, -1: none
-  int32_t* first = nullptr;       // (kTailClasses + 1,): workspace, where a class's rows start
-  float* sums = nullptr;          // (kTailClasses, vocab)
+  float* weight = nullptr;     // (samples,): what a row's tail counts: draws, 0 of exact rows
+  LevelRow* sorted = nullptr;  // (samples,): workspace, by class
+  float* sums = nullptr;       // (kTailClasses, vocab)
 };
 
 cudaError_t level_sums(const LevelSumsParams& params, cudaStream_t stream);

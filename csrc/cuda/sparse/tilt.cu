@@ -1,5 +1,5 @@
 // The tail's tilt by a sample of ids: the ids (a block a group, each thread with nine neighbouring ones), the classes'
-// mean logits (32 ids a block, eight threads an id), then a warp a row, whose numbers stay in shared memory between three
+// mean logits (32 ids a block, 32 threads an id), then a warp a row, whose numbers stay in shared memory between three
 // passes, two groups at a time. cce_ext/sparse/tail.py has the same steps in PyTorch. No atomics; sums in a fixed order.
 #include <cub/block/block_reduce.cuh>
 #include <cub/block/block_scan.cuh>
@@ -14,7 +14,8 @@ namespace {
 
 constexpr int kIdThreads = 512, kIdCols = kGroupCols / kIdThreads;
 static_assert(kIdCols * kIdThreads == kGroupCols, "whole columns a thread");
-constexpr int kMeanCols = 32, kMeanParts = 8;
+constexpr int kMeanCols = 32, kMeanParts = 32;
+static_assert(kTailClasses <= kMeanParts, "a warp adds up a class");
 constexpr int kRowWarps = 8;
 
 __global__ void __launch_bounds__(kIdThreads) ids_kernel(const __grid_constant__ TiltIdsParams p) {
@@ -58,14 +59,14 @@ __global__ void __launch_bounds__(kIdThreads) ids_kernel(const __grid_constant__
   int64_t at;
   Scan(storage.scan).ExclusiveSum(mine, at);
   at += before_group;
-  int next = aims_before(at, step, p.count);
+  const Aims aims(step, p.count);
+  int next = aims.before(at);
   if (threadIdx.x == 0) p.first[group] = next;
   if (threadIdx.x == 0 && group == p.groups - 1) p.first[p.groups] = p.count;
 #pragma unroll
   for (int i = 0; i < kIdCols; ++i) {
     at += steps[i];
-    for (const int end = aims_before(at, step, p.count); next < end; ++next)
-      p.ids[next] = first + i;
+    for (const int end = aims.before(at); next < end; ++next) p.ids[next] = first + i;
   }
 }
 
@@ -100,6 +101,7 @@ __global__ void __launch_bounds__(kMeanCols* kMeanParts)
   const int j = static_cast<int>(blockIdx.x) * kMeanCols + lane;
   const Logit<T> logit(p);
   float sum[kTailClasses] = {}, weight[kTailClasses] = {};
+#pragma unroll 4
   for (int s = part; s < p.samples; s += kMeanParts) {
     const int64_t row = p.rows[s];
     const int of = static_cast<int>(p.classes[row]);
@@ -118,22 +120,23 @@ __global__ void __launch_bounds__(kMeanCols* kMeanParts)
     if (lane == 0) weights[part][k] = weight[k];
   }
   __syncthreads();
-  if (part != 0 || j >= p.count) return;
+  // A warp a class adds up the parts; then it has a little of all classes.
+  if (part < kTailClasses) {
+    for (int i = 1; i < kMeanParts; ++i) {
+      sums[0][part][lane] += sums[i][part][lane];
+      if (lane == 0) weights[0][part] += weights[i][part];
+    }
+  }
+  __syncthreads();
+  if (part >= kTailClasses || j >= p.count) return;
   float sum_of_all = 0.0f, weight_of_all = 0.0f;
 #pragma unroll
   for (int k = 0; k < kTailClasses; ++k) {
-    for (int i = 1; i < kMeanParts; ++i) {
-      sum[k] += sums[i][k][lane];
-      weight[k] += weights[i][k];
-    }
-    sum_of_all += sum[k];
-    weight_of_all += weight[k];
+    sum_of_all += sums[0][k][lane];
+    weight_of_all += weights[0][k];
   }
-#pragma unroll
-  for (int k = 0; k < kTailClasses; ++k) {
-    p.means[k * p.count + j] = fmaf(p.shared, sum_of_all, sum[k]) /
-                               fmaxf(fmaf(p.shared, weight_of_all, weight[k]), kNothing);
-  }
+  p.means[part * p.count + j] = fmaf(p.shared, sum_of_all, sums[0][part][lane]) /
+                                fmaxf(fmaf(p.shared, weight_of_all, weights[0][part]), kNothing);
 }
 
 // Two neighbouring numbers.
