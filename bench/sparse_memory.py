@@ -13,10 +13,10 @@ import argparse
 from bench.timing import MB
 from cce_ext.sparse.forward import (
     BOUND_ROWS,
+    DISTINCT_TARGETS,
     HOT_IDS,
     ROW_BLOCK,
     SAMPLED_COLUMNS,
-    SAMPLED_TARGETS,
     candidate_capacity,
     kept_capacity,
 )
@@ -35,7 +35,7 @@ def forward_peaks(
     n, v, d, r: as in the shapes of e (N, D), c (V, D), u (N, R); eps: the threshold; converts:
     whether lora_b is float32, not of e's dtype.
     """
-    columns = SAMPLED_COLUMNS + min(SAMPLED_TARGETS, n)
+    columns = SAMPLED_COLUMNS + min(DISTINCT_TARGETS, n)
     products = 4 * min(n, BOUND_ROWS) * columns * (2 if r else 1)
     pool = 8 * candidate_capacity(n, v, eps) * -(-n // ROW_BLOCK)
     kept = kept_capacity(n, v, eps)

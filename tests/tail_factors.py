@@ -36,3 +36,20 @@ def make_factors(
     lift = LIFT if dtype == torch.float16 else 1.0
     rows = torch.cat([values.to(dtype), (kinds / units[1]).flatten(1).to(dtype)], 1)
     return Factors(rows, (shape * lift).to(dtype), ids[:0], ids, units)
+
+
+def spread_columns(factors: Factors, product: Tensor) -> Tensor:
+    """(V, width), of product's dtype: what tail and hot ids add to a gradient by columns, from
+    column_product's result."""
+    _, shape, _, hot, units = factors
+    vocab = shape.shape[1]
+    by_group = (product[hot.shape[0] :] * units[2]).unflatten(0, (-1, shape.shape[0]))
+    by_group = torch.cat(  # (G, K, width); label smoothing's is not rounded
+        [by_group[:, : tail.CLASSES].to(shape.dtype), by_group[:, tail.CLASSES :]], 1
+    )
+    group = torch.arange(vocab, device=shape.device) // tail.GROUP
+    out = torch.zeros(vocab, product.shape[1], dtype=product.dtype, device=product.device)
+    for k, of_kind in enumerate(shape.to(product.dtype)):
+        out += of_kind[:, None] * by_group[group, k]
+    out[hot] += product[: hot.shape[0]] * units[0]
+    return out

@@ -12,7 +12,7 @@ from torch import Tensor
 from cce_ext.options import LossOptions
 from cce_ext.sparse import tail
 from cce_ext.sparse.op import refusal
-from cce_ext.sparse.products import column_gradient, row_gradient
+from cce_ext.sparse.products import column_product, row_gradient
 from cce_ext.sparse.reference import SparseGradients, sample_bound, sampled_columns
 from tests.sparse_problem import (
     CASES,
@@ -23,7 +23,7 @@ from tests.sparse_problem import (
     made_head,
     make,
 )
-from tests.tail_factors import make_factors, make_units
+from tests.tail_factors import make_factors, make_units, spread_columns
 
 F64 = torch.float64
 
@@ -287,22 +287,16 @@ def test_products_of_the_tail(dtype: torch.dtype, smoothing: float) -> None:
     columns = torch.cat([(tilt / units[2]).to(dtype), factors.rows], 1)
     factors = factors._replace(rows=columns, tilted=tilted)
     by_row = row_gradient(factors, c)
-    by_column = torch.empty(v, d, dtype=dtype)
-    hot = column_gradient(factors, e, by_column)
-    by_column[ids] = (by_column[ids] + hot * units[0]).to(dtype)
+    wide = spread_columns(factors, column_product(factors, e))
     rows = whole @ c.double() + tilt.double() / lift @ c[tilted].double()
     assert error(by_row / lift, rows) < limit
     assert error(untilted / lift, whole @ c.double()) < limit
     truth = whole.T @ e.double()
-    assert error(by_column / lift, truth) < limit
-    wide = torch.empty(v, d, dtype=accumulate)  # of a classifier wider than the hidden states
-    assert torch.equal(column_gradient(factors, e, wide), hot)
-    wide[ids] += hot * units[0]
     assert error(wide / lift, truth) < limit
     # Each id's own error: Adam asks for nothing else. Those that float16 has numbers for.
     there = truth.norm(dim=1) * lift > (1e-3 if dtype == torch.float16 else 0)
     assert there.sum() > v / 4
-    off = (by_column.double() / lift - truth)[there].norm(dim=1) / truth[there].norm(dim=1)
+    off = (wide.to(dtype).double() / lift - truth)[there].norm(dim=1) / truth[there].norm(dim=1)
     assert off.quantile(0.9) < 2 * limit
     without = tail.dense(spread).double().sum(0)
     assert error(tail.column_sum(spread), without) < 1e-5

@@ -13,8 +13,9 @@ from cce_ext.options import LossOptions
 from cce_ext.reference import logits
 from cce_ext.sparse import forward as sparse_forward
 from cce_ext.sparse import tail
+from cce_ext.sparse.reference import sampled_columns, sampled_targets
 from tests.sparse_cuda_problem import BF16, FP16, error
-from tests.tail_factors import LIFT, make_factors, make_units
+from tests.tail_factors import LIFT, make_factors, make_units, spread_columns
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
@@ -273,35 +274,80 @@ def test_hot_ids(n: int, v: int, frequent: float) -> None:
     assert torch.equal(slots.cpu().long(), places)
 
 
+@pytest.mark.parametrize("start", [0, 700])
+@pytest.mark.parametrize(("n", "frequent"), [(1, 1.0), (300, 3.0), (5000, 1.0), (5000, 6.0)])
+def test_columns_of_the_bound(n: int, frequent: float, start: int) -> None:
+    """Few targets, more distinct ones than there is room for, many of one id; in a shard, too."""
+    v, strided = 3000, 512
+    targets = (uniform(n, seed=1) ** frequent * (v + 2 * start)).long()
+    targets[::7] = -100
+    order, count = torch.ops.cce.row_order(targets, -100)
+    distinct = min(sparse_forward.DISTINCT_TARGETS, n)
+    ids, counts = torch.ops.cce.bound_columns(
+        targets, order, count, v, start, strided, min(sparse_forward.SAMPLED_TARGETS, n), distinct
+    )
+    expected = sampled_targets(targets[targets != -100].cpu(), start, v)
+    found = ids[strided:][counts[strided:] == 1].cpu()
+    assert found.tolist() == expected[:distinct].tolist()
+    assert ids.shape == (strided + distinct,)
+    assert ((ids >= 0) & (ids < v)).all()
+    columns = sampled_columns(v)
+    assert torch.equal(ids[:strided].cpu(), columns)
+    assert torch.equal(counts[:strided].cpu() == 1, ~torch.isin(columns, expected))
+
+
 @DTYPES
+@pytest.mark.parametrize("smoothing", [False, True])
 @pytest.mark.parametrize("wide", [False, True])
-@pytest.mark.parametrize("width", [1, 100, 3072])
-def test_added_rows(dtype: torch.dtype, wide: bool, width: int) -> None:
-    v, hot = 3000, 1024
-    out = normal(v, width).to(torch.float32 if wide else dtype)
+@pytest.mark.parametrize(("width", "padding"), [(1, 0), (100, 4), (264, 0), (264, 8), (1000, 3)])
+def test_gradient_by_columns(
+    dtype: torch.dtype, smoothing: bool, wide: bool, width: int, padding: int
+) -> None:
+    """Tail, hot ids and lists of all lengths, in rows that may be longer than they are wide."""
+    n, v, hot = 300, 2 * tail.GROUP + 77, 40
     ids = torch.randperm(v, generator=torch.Generator().manual_seed(1))[:hot].sort().values.cuda()
-    product, unit = normal(hot + 3, width, seed=2), torch.tensor([0.3, 7.0], device="cuda")
-    expected = out.clone()
-    expected[ids] = (out[ids].float() + product[:hot] * 0.3).to(out.dtype)
-    like = torch.empty(0, device="cuda", dtype=dtype)
-    torch.ops.cce.add_rows_(out, ids, product, unit, like)
+    classes = torch.zeros(n, dtype=torch.int64, device="cuda")
+    shape = tail.shapes(torch.exp(4 * normal(tail.CLASSES, v, seed=2)))
+    spread = tail.Spread(
+        normal(n, 3), classes, shape, normal(n, seed=3) / tail.GROUP if smoothing else None
+    )
+    units = torch.tensor([3.0, 1.0, 1 / LIFT if dtype == FP16 else 1.0], device="cuda")
+    factors = make_factors(spread, normal(n, hot), ids, units, dtype)
+    product = normal(factors.rows.shape[1], width, seed=4)
+    # Most ids have no entries, a few have many; those of hot ids must not be read.
+    counts = (500 * uniform(v, seed=5) ** 16).int()
+    first = torch.cat([torch.zeros_like(counts[:1]), counts.cumsum(0)]).int()
+    total, slots = int(first[-1]), torch.full((v,), -1, dtype=torch.int32, device="cuda")
+    slots[ids] = torch.arange(hot, dtype=torch.int32, device="cuda")
+    items, weights = (uniform(total, seed=6) * n).int(), normal(total, seed=7) / 30
+    source = normal(n, width, seed=8).to(dtype)
+    order = torch.randperm(total, generator=torch.Generator().manual_seed(9)).cuda().int()
+    out = torch.full((v, width + padding), torch.nan, device="cuda")
+    out = out.to(torch.float32 if wide else dtype)
+    torch.ops.cce.column_gradient_(
+        out[:, :width], source, product, factors.shape, units, first, slots, items, weights, order,
+        smoothing,
+    )  # fmt: skip
+    segment = torch.repeat_interleave(torch.arange(v, device="cuda"), counts)
+    terms = weights[order.long(), None] * source[items[order.long()].long()].float()
+    expected = torch.zeros(v, width, device="cuda").index_add_(0, segment, terms)
+    expected[ids] = 0
+    expected += spread_columns(factors, product)
     limit = 1e-5 if wide else LAST_BITS[dtype]
-    torch.testing.assert_close(out, expected, rtol=limit, atol=1e-5)
+    torch.testing.assert_close(out[:, :width].float(), expected, rtol=limit, atol=1e-5)
+    assert torch.isnan(out[:, width:]).all()
 
 
-def test_segments_with_a_slot_have_no_entries() -> None:
+def test_gathered_segments() -> None:
     counts = torch.tensor([0, 3, 70, 5, 0, 200, 1, 90])
     first = torch.cat([torch.zeros(1, dtype=torch.long), counts.cumsum(0)]).int().cuda()
-    slots = torch.tensor([-1, 0, -1, -1, 1, 2, -1, -1], dtype=torch.int32).cuda()
     total = int(counts.sum())
     source = normal(40, 264).to(BF16)
     items = (uniform(total) * 40).int()
     weights = normal(total, seed=1)
     segment = torch.repeat_interleave(torch.arange(8), counts).cuda()
-    for used, there in ((None, torch.ones(8, device="cuda")), (slots, (slots < 0).float())):
-        out, sums = torch.zeros(8, 264, device="cuda"), torch.zeros(8, device="cuda")
-        torch.ops.cce.gather_(out, source, first, None, used, items, weights, None, None, sums)
-        terms = weights[:, None] * source[items.long()].float()
-        expected = torch.zeros_like(out).index_add_(0, segment, terms) * there[:, None]
-        assert error(out, expected) < 1e-5
-        assert error(sums, torch.zeros_like(sums).index_add_(0, segment, weights) * there) < 1e-5
+    out, sums = torch.zeros(8, 264, device="cuda"), torch.zeros(8, device="cuda")
+    torch.ops.cce.gather_(out, source, first, None, items, weights, None, None, sums)
+    terms = weights[:, None] * source[items.long()].float()
+    assert error(out, torch.zeros_like(out).index_add_(0, segment, terms)) < 1e-5
+    assert error(sums, torch.zeros_like(sums).index_add_(0, segment, weights)) < 1e-5

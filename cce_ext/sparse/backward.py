@@ -147,7 +147,7 @@ def _sparse(
         # Only the sums of the weights are wanted.
         nothing = call.e.new_zeros(call.e.shape[0] + call.c.shape[0], 8)
         torch.ops.cce.gather_(
-            nothing[: call.c.shape[0]], nothing[call.c.shape[0] :], lists.column_first, None, None,
+            nothing[: call.c.shape[0]], nothing[call.c.shape[0] :], lists.column_first, None,
             lists.rows, weights, lists.order, None, dbias,
         )  # fmt: skip
     del factors, kept, weights
@@ -241,7 +241,7 @@ def _row_gradient(kept: _Kept, source: Tensor, like: Tensor) -> Tensor:
     lists = kept.lists
     out = products.row_gradient(kept.factors, source)
     torch.ops.cce.gather_(
-        out, source, lists.row_first, lists.row_hot, None, lists.ids, kept.weights, None,
+        out, source, lists.row_first, lists.row_hot, lists.ids, kept.weights, None,
         lists.row_order, None,
     )  # fmt: skip
     return out.to(like.dtype)
@@ -252,10 +252,9 @@ def _column_gradient(kept: _Kept, source: Tensor, like: Tensor) -> Tensor:
     lists, factors = kept.lists, kept.factors
     dtype = like.dtype if like.dtype == source.dtype else torch.float32
     out = torch.empty(like.shape, device=like.device, dtype=dtype)
-    hot = products.column_gradient(factors, source, out)
-    torch.ops.cce.add_rows_(out, factors.hot, hot, factors.units, source)
-    torch.ops.cce.gather_(
-        out, source, lists.column_first, None, lists.slots, lists.rows, kept.weights, lists.order,
-        None, None,
+    torch.ops.cce.column_gradient_(
+        out, source, products.column_product(factors, source), factors.shape, factors.units,
+        lists.column_first, lists.slots, lists.rows, kept.weights, lists.order,
+        factors.shape.shape[0] > tail.CLASSES,
     )  # fmt: skip
     return out

@@ -21,8 +21,9 @@ from cce_ext.cuda_backward import readable
 from cce_ext.reference import RowStatistics
 from cce_ext.sparse import tail
 
-# Columns at equal distances, and targets of the batch, whose logits bound the lse from below.
-SAMPLED_COLUMNS, SAMPLED_TARGETS = 512, 1024
+# Columns at equal distances, and ids of targets of the batch, whose logits bound the lse from below. So many
+# targets are looked at; half of them are there twice.
+SAMPLED_COLUMNS, SAMPLED_TARGETS, DISTINCT_TARGETS = 512, 1024, 512
 # Rows whose sampled logits are in memory at a time.
 BOUND_ROWS = 8192
 ROW_BLOCK = 128
@@ -135,8 +136,9 @@ def lower_bounds(
     n, v = e.shape[0], c.shape[0]
     strided = min(SAMPLED_COLUMNS, v)
     ids, counts = torch.ops.cce.bound_columns(
-        targets, order, count, v, call.vocab_start, strided, min(SAMPLED_TARGETS, n)
-    )
+        targets, order, count, v, call.vocab_start, strided, min(SAMPLED_TARGETS, n),
+        min(DISTINCT_TARGETS, n),
+    )  # fmt: skip
     columns = c[ids].T
     b_columns = None if lora_b is None else lora_b[ids].to(e.dtype).T
     sampled_bias = None if bias is None else bias[ids].float()

@@ -3,7 +3,8 @@ gradients.
 
 Ordinary PyTorch on any device. Both are one product of factors: a row's factors are its weights of
 the tilted and the hot ids and what it drops in each group and class; theirs are rows of the other
-matrix, and each group's mean row by the shape of each class.
+matrix, and each group's mean row by the shape of each class. By columns the last step, which spreads
+a group's rows over its ids, is a kernel that adds the other entries too (csrc/cuda/sparse/columns.cu).
 """
 
 from __future__ import annotations
@@ -61,33 +62,8 @@ def row_gradient(factors: Factors, weight: Tensor) -> Tensor:
     return total.to(rows.dtype)
 
 
-def column_gradient(factors: Factors, hidden: Tensor, out: Tensor) -> Tensor:
-    """out (V, width) = what the tail adds to a gradient by columns, Σ_n g[n, j] hidden[n]; hidden
-    (N, width). out may be wider than hidden.
-
-    Returns (H, width), at least float32: what the rows of the hot ids still lack, in units[0].
-    """
-    _, shape, _, hot, units = factors
-    product = wide_mm(factors.of_columns().T, hidden)
-    centers = product[hot.shape[0] :]
-    if hidden.dtype == torch.float16:
-        centers = centers * units[2]
-    centers = centers.to(hidden.dtype).unflatten(0, (-1, shape.shape[0]))  # (G, K, width)
-    whole = out.shape[0] // GROUP
-    if whole:
-        grouped = shape[:, : whole * GROUP].T.unflatten(0, (whole, GROUP))
-        _bmm(grouped, centers[:whole], out[: whole * GROUP].unflatten(0, (whole, GROUP)))
-    ids = slice(whole * GROUP, None)
-    if out.shape[0] % GROUP:
-        _bmm(shape[:, ids].T[None], centers[-1:], out[ids][None])
-    return product[: hot.shape[0]]
-
-
-def _bmm(a: Tensor, b: Tensor, out: Tensor) -> None:
-    """out = a @ b, batched; out may be wider than they are."""
-    if out.dtype == a.dtype:
-        torch.bmm(a, b, out=out)
-    elif a.device.type == "cuda":
-        torch.bmm(a, b, out_dtype=out.dtype, out=out)
-    else:
-        out.copy_(torch.bmm(a, b))
+def column_product(factors: Factors, hidden: Tensor) -> Tensor:
+    """(H + G K, width), at least float32: the rows' factors by hidden (N, width), from which
+    ``cce::column_gradient_`` makes the gradient by columns: Σ_n g[n, j] hidden[n] of the i-th hot id
+    is row i times units[0], and of every id Σ_k shape[k, j] row[H + group(j) K + k] times units[2]."""
+    return wide_mm(factors.of_columns().T, hidden)

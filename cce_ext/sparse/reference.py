@@ -15,7 +15,7 @@ from cce_ext.reference import logits
 from cce_ext.sparse import tail
 
 _SAMPLED_COLUMNS = 512
-_SAMPLED_TARGETS = 1024
+_SAMPLED_TARGETS, _DISTINCT_TARGETS = 1024, 512
 _ROW_BLOCK = 128
 
 
@@ -78,14 +78,20 @@ def sampled_columns(vocab: int, device: torch.device | str = "cpu") -> Tensor:
     return torch.arange(count, device=device) * vocab // count
 
 
-def sampled_targets(targets: Tensor) -> Tensor:
-    """The distinct ids among up to 1024 targets (those that count) at equal distances.
+def sampled_targets(targets: Tensor, start: int, vocab: int) -> Tensor:
+    """The distinct ids of a shard among up to 1024 targets (those that count) at equal distances,
+    the first 512 of them; start, vocab: the shard's first id and size.
 
     The ids that a batch has as targets are those that its rows give mass: the lse over them is a
     lower bound of the lse that is close wherever the vocabulary's order says nothing.
     """
     count = min(_SAMPLED_TARGETS, targets.shape[0])
-    return torch.unique(targets[torch.arange(count) * targets.shape[0] // max(1, count)])
+    ids = targets[torch.arange(count) * targets.shape[0] // max(1, count)] - start
+    ids = ids[(ids >= 0) & (ids < vocab)]
+    distinct, which = torch.unique(ids, return_inverse=True)
+    places = torch.arange(len(ids), device=ids.device)
+    first = torch.full_like(distinct, len(ids)).scatter_reduce(0, which, places, "amin")
+    return distinct[first.argsort()[:_DISTINCT_TARGETS]]
 
 
 def sparse_gradients(
@@ -133,8 +139,7 @@ def sparse_gradients(
     a = d + upstream(dlse)
 
     # Forward: candidates; finish: what is kept, and the mass of what is not.
-    frequent = sampled_targets(targets[valid]) - shard.start
-    frequent = frequent[(frequent >= 0) & (frequent < vocab)]
+    frequent = sampled_targets(targets[valid], shard.start, vocab)
     strided = sampled_columns(vocab, z.device)
     bound = sample_bound(z, strided, frequent)
     own = torch.where(here, z.gather(1, slot[:, None])[:, 0], -torch.inf)

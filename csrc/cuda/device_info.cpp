@@ -20,6 +20,7 @@ const DeviceInfo& current_device() {
     cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
     cudaDeviceGetAttribute(&info.multiprocessors, cudaDevAttrMultiProcessorCount, device);
     cudaDeviceGetAttribute(&info.shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+    cudaDeviceGetAttribute(&info.cache_bytes, cudaDevAttrL2CacheSize, device);
     info.capability = 10 * major + minor;
   });
   return devices[device];

@@ -7,6 +7,7 @@ struct DeviceInfo {
   int capability = 0;  // 10 * major + minor
   int multiprocessors = 0;
   int shared_bytes = 0;  // largest dynamic shared memory of a block
+  int cache_bytes = 0;   // second-level cache
 };
 
 const DeviceInfo& current_device();

@@ -54,7 +54,7 @@ STABLE_TORCH_LIBRARY(cce, m) {
   // sort_kept: entries sorted by row and by id, and what the others weigh; the unsorted ones are lost.
   m.def(
       "bound_columns(Tensor targets, Tensor row_order, Tensor row_count, int shard_size, "
-      "int vocab_start, int strided, int sampled) -> (Tensor ids, Tensor counts)");
+      "int vocab_start, int strided, int sampled, int distinct) -> (Tensor ids, Tensor counts)");
   m.def(
       "select_kept(Tensor pool, Tensor counts, Tensor row_order, Tensor row_count, "
       "Tensor target_logit, Tensor bound2, Tensor lse, Tensor targets, float eps, "
@@ -83,8 +83,7 @@ STABLE_TORCH_LIBRARY(cce, m) {
       "(Tensor exact, Tensor exact_share, Tensor d_all, Tensor order, Tensor count, Tensor units)");
   // tail_factors: the rows' factors of the products with tilted ids (left to tilt_), hot ids (left to entry_weights) and
   // tails. tail_shapes: by id, of like's dtype, and what each group weighs. tilt_ids: ids by that weight, and where each
-  // group's start. tilt_: from products with these ids to what the gradients by rows add to the tail. add_rows_: out[ids] +=
-  // product * unit; like: of the inputs' dtype.
+  // group's start. tilt_: from products with these ids to what the gradients by rows add to the tail.
   m.def(
       "tail_factors(Tensor classes, Tensor like, Tensor a, Tensor d, Tensor mass, Tensor units, "
       "int tilt, int hot, float scale, float? uniform) -> Tensor");
@@ -96,14 +95,19 @@ STABLE_TORCH_LIBRARY(cce, m) {
       "tilt_(Tensor(a!) z, Tensor ids, Tensor first, Tensor classes, Tensor rows, Tensor weight, "
       "Tensor row_mass, Tensor mass, Tensor a, Tensor? bias, float softcap, float logit_scale, "
       "float shared, float strength, float damping, Tensor units) -> ()");
-  m.def("add_rows_(Tensor(a!) out, Tensor ids, Tensor product, Tensor unit, Tensor like) -> ()");
   m.def(
       "entry_weights(Tensor row_first, Tensor rows, Tensor ids, Tensor logits, Tensor a, Tensor d, "
       "Tensor lse, Tensor targets, float softcap, float logit_scale, float label_smoothing, "
       "int vocab_start, Tensor slots, Tensor(a!) dense, Tensor unit) -> Tensor");
+  // gather_: out += the listed rows of source. column_gradient_: out = the gradient by columns, of the product of the rows'
+  // factors with source, and the list by id.
   m.def(
-      "gather_(Tensor(a!) out, Tensor source, Tensor first, Tensor? last, Tensor? slots, "
-      "Tensor items, Tensor weights, Tensor? order, Tensor? out_rows, Tensor(b!)? sums) -> ()");
+      "gather_(Tensor(a!) out, Tensor source, Tensor first, Tensor? last, Tensor items, "
+      "Tensor weights, Tensor? order, Tensor? out_rows, Tensor(b!)? sums) -> ()");
+  m.def(
+      "column_gradient_(Tensor(a!) out, Tensor source, Tensor product, Tensor shapes, "
+      "Tensor units, Tensor first, Tensor slots, Tensor items, Tensor weights, Tensor order, "
+      "bool smoothing) -> ()");
   // The exact gradients of the rows in the order: their rows of de and du are overwritten, dc, dbias and dlora_b added to.
   m.def(
       "exact_rows_(Tensor(a!)? de, Tensor(b!)? dc, Tensor(c!)? dbias, Tensor(d!)? du, "

@@ -1,5 +1,6 @@
 // The sparse gradient's backward as ops; what lies between them is in cce_ext/sparse.
 #include "cuda/sparse/lists.h"
+#include "cuda/sparse/tail.h"
 #include "torch/cuda_call.h"
 
 namespace cce::torch_api {
@@ -104,27 +105,35 @@ Tensor entry_weights_cuda(Tensor row_first, Tensor rows, Tensor ids, Tensor logi
   return weights;
 }
 
-void gather_cuda(Tensor out, Tensor source, Tensor first, std::optional<Tensor> last,
-                 std::optional<Tensor> slots, Tensor items, Tensor weights,
-                 std::optional<Tensor> order, std::optional<Tensor> out_rows,
+// Rows of source (items, width), as a list says.
+cuda::Entries entries_of(const Tensor& source, const Tensor& items, const Tensor& weights,
+                         const std::optional<Tensor>& order) {
+  STD_TORCH_CHECK(source.stride(1) == 1 && source.stride(0) <= UINT32_MAX,
+                  "source must be stored row by row, and no row start 2^32 numbers after another");
+  cuda::Entries entries;
+  entries.dtype = kernel_dtype(source);
+  entries.source = source.const_data_ptr();
+  entries.source_ld = static_cast<uint32_t>(source.stride(0));
+  entries.width = static_cast<int>(source.size(1));
+  entries.items = i32(items, "items");
+  entries.weights = f32(weights, "weights");
+  if (order) entries.order = i32(*order, "order");
+  return entries;
+}
+
+void gather_cuda(Tensor out, Tensor source, Tensor first, std::optional<Tensor> last, Tensor items,
+                 Tensor weights, std::optional<Tensor> order, std::optional<Tensor> out_rows,
                  std::optional<Tensor> sums) {
   const Guard guard(out.get_device_index());
-  STD_TORCH_CHECK(out.size(1) == source.size(1) && out.stride(1) == 1 && source.stride(1) == 1,
+  STD_TORCH_CHECK(out.size(1) == source.size(1) && out.stride(1) == 1,
                   "out and source must have the same columns, one beside the other");
   cuda::GatherParams p;
+  p.entries = entries_of(source, items, weights, order);
   p.out_fp32 = is_fp32_beside(out, source, "out");
-  p.dtype = kernel_dtype(source);
-  p.source = source.const_data_ptr();
-  p.source_ld = source.stride(0);
   p.out = out.mutable_data_ptr();
   p.out_ld = out.stride(0);
-  p.width = static_cast<int>(source.size(1));
   p.first = i32(first, "first");
   if (last) p.last = i32(*last, "last");
-  if (slots) p.slots = i32(*slots, "slots");
-  p.items = i32(items, "items");
-  p.weights = f32(weights, "weights");
-  if (order) p.order = i32(*order, "order");
   if (out_rows) p.out_rows = i32(*out_rows, "out_rows");
   if (sums) p.sums = f32(*sums, "sums");
   p.segments = first.size(0) - 1;
@@ -137,6 +146,37 @@ void gather_cuda(Tensor out, Tensor source, Tensor first, std::optional<Tensor> 
   p.work = p.work_counts + counts;
   p.partition = p.work + lists;
   check_cuda(cuda::gather_rows(p, stream_of(out)), "gather");
+}
+
+void column_gradient_cuda(Tensor out, Tensor source, Tensor product, Tensor shapes, Tensor units,
+                          Tensor first, Tensor slots, Tensor items, Tensor weights, Tensor order,
+                          bool smoothing) {
+  const Guard guard(out.get_device_index());
+  const int64_t vocab = slots.size(0), kinds = cuda::kTailClasses + smoothing;
+  const int64_t hot = product.size(0) - ceil_div(vocab, kGroupCols) * kinds;
+  STD_TORCH_CHECK(out.size(1) == source.size(1) && out.stride(1) == 1 && out.size(0) == vocab,
+                  "out must have a row for each id, and source's columns, one beside the other");
+  STD_TORCH_CHECK(hot >= 0 && product.size(1) == source.size(1) && shapes.size(0) == kinds &&
+                      shapes.size(1) == vocab && shapes.stride(1) == 1 && units.size(0) == 3 &&
+                      shapes.scalar_type() == source.scalar_type() && first.size(0) == vocab + 1,
+                  "product must have a row for each hot id and each group's kinds, shapes one for "
+                  "each kind, first a place for each id and one more, units three numbers");
+  cuda::ColumnGradientParams p;
+  p.entries = entries_of(source, items, weights, order);
+  p.source_rows = source.size(0);
+  p.first = i32(first, "first");
+  p.slots = i32(slots, "slots");
+  p.vocab = vocab;
+  p.hot = hot;
+  p.product = f32(product, "product");
+  p.shapes = shapes.const_data_ptr();
+  p.shapes_ld = shapes.stride(0);
+  p.smoothing = smoothing;
+  p.units = f32(units, "units");
+  p.out_fp32 = is_fp32_beside(out, source, "out");
+  p.out = out.mutable_data_ptr();
+  p.out_ld = out.stride(0);
+  check_cuda(cuda::column_gradient(p, stream_of(out)), "column_gradient_");
 }
 
 cuda::Gradient gradient(const std::optional<Tensor>& t, const Tensor& e, const char* name) {
@@ -197,5 +237,6 @@ STABLE_TORCH_LIBRARY_IMPL(cce, CUDA, m) {
   m.impl("backward_rows_", TORCH_BOX(&cce::torch_api::backward_rows_cuda));
   m.impl("entry_weights", TORCH_BOX(&cce::torch_api::entry_weights_cuda));
   m.impl("gather_", TORCH_BOX(&cce::torch_api::gather_cuda));
+  m.impl("column_gradient_", TORCH_BOX(&cce::torch_api::column_gradient_cuda));
   m.impl("exact_rows_", TORCH_BOX(&cce::torch_api::exact_rows_cuda));
 }

@@ -29,10 +29,12 @@ Tensor target_logits_cuda(Tensor e, Tensor c, Tensor targets, std::optional<Tens
 
 std::tuple<Tensor, Tensor> bound_columns_cuda(Tensor targets, Tensor row_order, Tensor row_count,
                                               int64_t shard_size, int64_t vocab_start,
-                                              int64_t strided, int64_t sampled) {
+                                              int64_t strided, int64_t sampled, int64_t distinct) {
   const Guard guard(targets.get_device_index());
-  Tensor ids = empty(targets, {strided + sampled}, ScalarType::Long);
-  Tensor counts = empty(targets, {strided + sampled}, ScalarType::Byte);
+  STD_TORCH_CHECK(distinct <= sampled,
+                  "there are as many distinct targets as sampled ones at most");
+  Tensor ids = empty(targets, {strided + distinct}, ScalarType::Long);
+  Tensor counts = empty(targets, {strided + distinct}, ScalarType::Byte);
   cuda::BoundColumnsParams p;
   p.targets = i64(targets, "targets");
   p.order = Order(row_order, row_count).view();
@@ -40,6 +42,7 @@ std::tuple<Tensor, Tensor> bound_columns_cuda(Tensor targets, Tensor row_order, 
   p.vocab_start = vocab_start;
   p.strided = static_cast<int>(strided);
   p.sampled = static_cast<int>(sampled);
+  p.distinct = static_cast<int>(distinct);
   p.ids = i64(ids, "ids");
   p.counts = u8(counts, "counts");
   check_cuda(cuda::bound_columns(p, stream_of(targets)), "bound_columns");

@@ -154,24 +154,6 @@ void tilt_cuda(Tensor z, Tensor ids, Tensor first, Tensor classes, Tensor rows, 
   check_cuda(cuda::tilt_rows(p, stream_of(z)), "tilt_");
 }
 
-void add_rows_cuda(Tensor out, Tensor ids, Tensor product, Tensor unit, Tensor like) {
-  const Guard guard(out.get_device_index());
-  STD_TORCH_CHECK(
-      out.size(1) == product.size(1) && out.stride(1) == 1 && ids.size(0) <= product.size(0),
-      "out and product must have the same columns, ids a row each of product");
-  cuda::AddRowsParams p;
-  p.product = f32(product, "product");
-  p.ids = i64(ids, "ids");
-  p.unit = f32(unit, "unit");
-  p.count = ids.size(0);
-  p.width = out.size(1);
-  p.dtype = kernel_dtype(like);
-  p.out_fp32 = is_fp32_beside(out, like, "out");
-  p.out = out.mutable_data_ptr();
-  p.out_ld = out.stride(0);
-  check_cuda(cuda::add_rows(p, stream_of(out)), "add_rows");
-}
-
 }  // namespace
 }  // namespace cce::torch_api
 
@@ -181,5 +163,4 @@ STABLE_TORCH_LIBRARY_IMPL(cce, CUDA, m) {
   m.impl("tail_shapes", TORCH_BOX(&cce::torch_api::tail_shapes_cuda));
   m.impl("tilt_ids", TORCH_BOX(&cce::torch_api::tilt_ids_cuda));
   m.impl("tilt_", TORCH_BOX(&cce::torch_api::tilt_cuda));
-  m.impl("add_rows_", TORCH_BOX(&cce::torch_api::add_rows_cuda));
 }

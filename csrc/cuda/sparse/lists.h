@@ -36,11 +36,12 @@ struct BoundColumnsParams {
   const int64_t* targets = nullptr;  // (N,)
   RowOrder order;
   int64_t vocab = 0, vocab_start = 0;  // this shard's
-  int strided = 0, sampled = 0;  // columns at equal distances, targets of rows at equal distances
-  int64_t* ids = nullptr;        // (strided + sampled,)
+  int strided = 0;                     // columns at equal distances
+  int sampled = 0;         // targets of rows at equal distances that are looked at, 1024 at most
+  int distinct = 0;        // of their ids as many as there is room for
+  int64_t* ids = nullptr;  // (strided + distinct,)
   uint8_t* counts =
-      nullptr;  // likewise: 0 for ids that are there twice (once, among the targets, they count), or not
-                // in the shard
+      nullptr;  // likewise: 0 for strided ids that are there as targets, and where there is no target
 };
 
 // The columns whose logits bound the lse from below.
@@ -242,22 +243,26 @@ struct WeightParams {
 
 cudaError_t entry_weights(const WeightParams& params, cudaStream_t stream);
 
-// out[s] += Σ_i weights[i] source[items[i]] over the entries i of segment s; see gather.cu.
-struct GatherParams {
-  Dtype dtype = Dtype::kBFloat16;  // of source, and of out unless out_fp32
+// A list of rows to add up: row items[i] of source, weights[i] times.
+struct Entries {
+  Dtype dtype = Dtype::kBFloat16;  // of source
   const void* source = nullptr;    // (items, width)
-  int64_t source_ld = 0;
-  void* out = nullptr;  // (segments, width)
-  int64_t out_ld = 0;
-  bool out_fp32 = false;
+  uint32_t source_ld = 0;
   int width = 0;
-  const int32_t* first = nullptr;  // (segments + 1,): where a segment's entries start
-  const int32_t* last = nullptr;   // (segments,): where they end; null: where the next one's start
-  const int32_t* slots = nullptr;  // (segments,) or null: segments with a slot have no entries
   const int32_t* items = nullptr;  // (capacity,)
   const float* weights = nullptr;  // (capacity,)
   const int32_t* order =
       nullptr;  // (capacity,): entry i is items[order[i]], weights[order[i]]; null: i
+};
+
+// out[s] += Σ_i weights[i] source[items[i]] over the entries i of segment s; see gather.cu.
+struct GatherParams {
+  Entries entries;
+  void* out = nullptr;  // (segments, width), of the entries' dtype unless out_fp32
+  int64_t out_ld = 0;
+  bool out_fp32 = false;
+  const int32_t* first = nullptr;  // (segments + 1,): where a segment's entries start
+  const int32_t* last = nullptr;   // (segments,): where they end; null: where the next one's start
   const int32_t* out_rows = nullptr;  // (segments,): row of out; null: s
   int64_t segments = 0;
   float* sums = nullptr;           // (segments,) += Σ weights, or null
@@ -269,5 +274,25 @@ struct GatherParams {
 
 size_t gather_workspace(int64_t segments);
 cudaError_t gather_rows(const GatherParams& params, cudaStream_t stream);
+
+// The gradient by columns, each number written once. Of id j in group g: Σ_k shapes[k, j] product[hot + g kinds + k] units[2],
+// and if j is the i-th hot id product[i] units[0], else its entries.
+struct ColumnGradientParams {
+  Entries entries;
+  int64_t source_rows = 0;
+  const int32_t* first = nullptr;  // (V + 1,): where an id's entries start
+  const int32_t* slots = nullptr;  // (V,): place among the hot ids, -1 for the others
+  int64_t vocab = 0, hot = 0;
+  const float* product = nullptr;  // (hot + groups * kinds, width)
+  const void* shapes = nullptr;    // (kinds, shapes_ld), of the entries' dtype
+  int64_t shapes_ld = 0;
+  bool smoothing = false;        // one kind more than classes
+  const float* units = nullptr;  // (3,), by backward_rows
+  void* out = nullptr;           // (V, width), of the entries' dtype unless out_fp32
+  int64_t out_ld = 0;
+  bool out_fp32 = false;
+};
+
+cudaError_t column_gradient(const ColumnGradientParams& params, cudaStream_t stream);
 
 }  // namespace cce::cuda

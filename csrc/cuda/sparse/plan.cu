@@ -30,13 +30,19 @@ __device__ int64_t first_not_below(const T* values, int64_t count, T bound) {
   return low;
 }
 
-// Sampled columns: equal steps through the vocabulary, then the distinct ids among targets at equal steps through the rows.
-// What is both counts as a target.
+// Sampled columns: equal steps through the vocabulary, then the distinct ids among targets at equal steps through the rows, the
+// first ones if there are too many. What is both counts as a target.
 __global__ void __launch_bounds__(kBlock)
     bound_columns_kernel(const __grid_constant__ BoundColumnsParams p) {
-  using Sort = cub::BlockRadixSort<uint32_t, kBlock, 1>;
-  __shared__ typename Sort::TempStorage storage;
+  using Sort = cub::BlockRadixSort<uint32_t, kBlock, 1, int>;
+  using Scan = cub::BlockScan<int, kBlock>;
+  __shared__ union {
+    typename Sort::TempStorage sort;
+    typename Scan::TempStorage scan;
+  } storage;
   __shared__ uint32_t sorted[kBlock];
+  __shared__ uint16_t sample_of[kBlock];  // of a sorted id
+  __shared__ uint32_t chosen[kBlock];  // by sample: its id, if none before has it and there is room
   const int i = threadIdx.x;
   const auto none = static_cast<uint32_t>(p.vocab);  // beyond all ids
   uint32_t id[1] = {none};
@@ -45,19 +51,35 @@ __global__ void __launch_bounds__(kBlock)
     const int64_t local = p.targets[p.order.rows[place]] - p.vocab_start;
     if (local >= 0 && local < p.vocab) id[0] = static_cast<uint32_t>(local);
   }
-  Sort(storage).Sort(id, 0, 32 - __clz(none));
+  int sample[1] = {i};
+  Sort(storage.sort).Sort(id, sample, 0, 32 - __clz(none));  // stable
   sorted[i] = id[0];
+  sample_of[i] = static_cast<uint16_t>(sample[0]);
+  __syncthreads();
+  chosen[sample[0]] = i == 0 || sorted[i - 1] != id[0] ? id[0] : none;
+  __syncthreads();
+  const uint32_t mine = chosen[i];
+  int place, all;
+  Scan(storage.scan).ExclusiveSum(mine != none, place, all);
+  if (mine != none && place < p.distinct) {
+    p.ids[p.strided + place] = mine;
+    p.counts[p.strided + place] = 1;
+  } else {
+    chosen[i] = none;
+  }
+  if (i >= all && i < p.distinct) {
+    p.ids[p.strided + i] = 0;
+    p.counts[p.strided + i] = 0;
+  }
   __syncthreads();
   for (int c = i; c < p.strided; c += kBlock) {
     const auto strided = static_cast<uint32_t>(static_cast<int64_t>(c) * p.vocab / p.strided);
-    const int64_t place = first_not_below(sorted, kBlock, strided);
+    const int64_t first = first_not_below(sorted, kBlock, strided);
+    const bool target =
+        first < kBlock && sorted[first] == strided && chosen[sample_of[first]] == strided;
     p.ids[c] = strided;
-    p.counts[c] = place == kBlock || sorted[place] != strided;
+    p.counts[c] = !target;
   }
-  if (i >= p.sampled) return;
-  const bool fresh = id[0] != none && (i == 0 || sorted[i - 1] != id[0]);
-  p.ids[p.strided + i] = id[0] == none ? 0 : id[0];
-  p.counts[p.strided + i] = fresh;
 }
 
 // Where the row blocks' entries start; blocks beyond the lists' capacity go the exact way, as all after the first do, and

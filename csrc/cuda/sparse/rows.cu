@@ -80,7 +80,8 @@ __global__ void __launch_bounds__(kListThreads)
     typename Reduce::TempStorage reduce;
     typename Scan::TempStorage scan;
   } storage;
-  __shared__ RowsFound found_before, found_by_all;  // in the stretches before this one
+  __shared__ RowsFound found_by_all;
+  __shared__ int exact_in_others;  // in the stretches before this one
   const auto grid = cooperative_groups::this_grid();
   const auto tiles = static_cast<unsigned>((p.n + kListThreads - 1) / kListThreads);
   const int64_t stretch = int64_t{(tiles + gridDim.x - 1) / gridDim.x} * kListThreads;
@@ -108,19 +109,17 @@ __global__ void __launch_bounds__(kListThreads)
   found = has_block ? p.found[threadIdx.x] : RowsFound{};
   const RowsFound all = Reduce(storage.reduce).Reduce(found, Merge());
   __syncthreads();
-  const RowsFound before =
-      Reduce(storage.reduce).Reduce(threadIdx.x < blockIdx.x ? found : RowsFound{}, Merge());
-  if (threadIdx.x == 0) {
-    found_by_all = all;
-    found_before = before;
-  }
+  int before, sum;
+  Scan(storage.scan).ExclusiveSum(found.exact, before, sum);
+  if (threadIdx.x == 0) found_by_all = all;
+  if (threadIdx.x == blockIdx.x) exact_in_others = before;
   __syncthreads();
   if (blockIdx.x == 0 && threadIdx.x == 0) {
     write_units(p, all.a, all.d, all.tail);
     *p.exact_share = static_cast<float>(all.exact) / (all.valid > 0 ? all.valid : 1);
     *p.count = all.exact;
   }
-  int exact_before = found_before.exact;
+  int exact_before = exact_in_others;
   for (int64_t tile = begin; tile < end; tile += kListThreads) {
     const int64_t row = tile + threadIdx.x;
     const int mine = row < end && p.exact[row] != 0;

@@ -1,6 +1,5 @@
-// The tail between the matmuls: the rows' factors (a warp a row), shapes of the classes' tails (a block a group of ids,
-// which it reads once and holds in registers), and the products of hot ids added to their rows of the gradient.
-// cce_ext/sparse/tail.py has the same steps in PyTorch. No atomics; sums in a fixed order.
+// The tail between the matmuls: the rows' factors (a warp a row), and shapes of the classes' tails (a block a group of ids,
+// which it reads once and holds in registers). cce_ext/sparse/tail.py has the same steps in PyTorch. No atomics; sums in a fixed order.
 #include <algorithm>
 #include <cfloat>
 #include <cub/block/block_reduce.cuh>
@@ -102,16 +101,6 @@ __global__ void __launch_bounds__(kShapeThreads)
     shapes[kTailClasses * p.ld + col] = narrow<T>(lift / kGroupCols);
 }
 
-template <typename T>
-__global__ void __launch_bounds__(kThreads) add_kernel(const __grid_constant__ AddRowsParams p) {
-  const int64_t i = blockIdx.x;
-  const float* product = p.product + i * p.width;
-  T* out = static_cast<T*>(p.out) + p.ids[i] * p.out_ld;
-  const float unit = *p.unit;
-  for (int64_t col = threadIdx.x; col < p.width; col += kThreads)
-    out[col] = narrow<T>(widen(out[col]) + product[col] * unit);
-}
-
 }  // namespace
 
 cudaError_t tail_factors(const TailFactorsParams& params, cudaStream_t stream) {
@@ -132,15 +121,6 @@ cudaError_t tail_shapes(const TailShapesParams& params, cudaStream_t stream) {
     shapes_kernel<__half><<<blocks, kShapeThreads, 0, stream>>>(params, kShapeLift);
   else
     shapes_kernel<float><<<blocks, kShapeThreads, 0, stream>>>(params, 1.0f);
-  return cudaGetLastError();
-}
-
-cudaError_t add_rows(const AddRowsParams& params, cudaStream_t stream) {
-  if (params.count == 0 || params.width == 0) return cudaSuccess;
-  const auto kernel = params.out_fp32                    ? add_kernel<float>
-                      : params.dtype == Dtype::kBFloat16 ? add_kernel<__nv_bfloat16>
-                                                         : add_kernel<__half>;
-  kernel<<<static_cast<unsigned>(params.count), kThreads, 0, stream>>>(params);
   return cudaGetLastError();
 }
 

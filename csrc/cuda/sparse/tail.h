@@ -75,18 +75,4 @@ struct TailShapesParams {
 
 cudaError_t tail_shapes(const TailShapesParams& params, cudaStream_t stream);
 
-// out[ids[i]] += product[i] * *unit
-struct AddRowsParams {
-  const float* product = nullptr;  // (count, width)
-  const int64_t* ids = nullptr;    // (count,), all different
-  const float* unit = nullptr;     // (1,)
-  int64_t count = 0, width = 0;
-  Dtype dtype = Dtype::kBFloat16;
-  bool out_fp32 = false;
-  void* out = nullptr;  // (rows, width)
-  int64_t out_ld = 0;
-};
-
-cudaError_t add_rows(const AddRowsParams& params, cudaStream_t stream);
-
 }  // namespace cce::cuda
