@@ -36,7 +36,7 @@ def forward_peaks(
     whether lora_b is float32, not of e's dtype.
     """
     columns = SAMPLED_COLUMNS + min(DISTINCT_TARGETS, n)
-    products = 4 * min(n, BOUND_ROWS) * columns * (2 if r else 1)
+    products = 4 * min(n, BOUND_ROWS) * columns
     pool = 8 * candidate_capacity(n, v, eps) * -(-n // ROW_BLOCK)
     kept = kept_capacity(n, v, eps)
     partials = max(8 * n * groups(v), min(_PARTIAL_BYTES, 8 * n * -(-v // ROW_BLOCK)))

@@ -147,7 +147,7 @@ def lower_bounds(
         part = slice(first, first + BOUND_ROWS)
         products = torch.mm(e[part], columns, out_dtype=torch.float32)
         if u is not None:
-            products = torch.addmm(products, u[part], b_columns, out_dtype=torch.float32)
+            torch.addmm(products, u[part], b_columns, out_dtype=torch.float32, out=products)
         parts.append(
             torch.ops.cce.row_bounds(
                 products, sampled_bias, counts, target_logit[part], strided, v, eps, softcap,
