@@ -9,12 +9,16 @@ a group's rows over its ids, is a kernel that adds the other entries too (csrc/c
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from cce_ext.sparse.tail import GROUP, wide_mm
+
+# Of a product, that leave most of a large GPU idle.
+_FEW_TILES = 32
 
 
 class Factors(NamedTuple):
@@ -65,5 +69,15 @@ def row_gradient(factors: Factors, weight: Tensor) -> Tensor:
 def column_product(factors: Factors, hidden: Tensor) -> Tensor:
     """(H + G K, width), at least float32: the rows' factors by hidden (N, width), from which
     ``cce::column_gradient_`` makes the gradient by columns: Σ_n g[n, j] hidden[n] of the i-th hot id
-    is row i times units[0], and of every id Σ_k shape[k, j] row[H + group(j) K + k] times units[2]."""
-    return wide_mm(factors.of_columns().T, hidden)
+    is row i times units[0], and of every id Σ_k shape[k, j] row[H + group(j) K + k] times units[2].
+
+    Few columns are few tiles, each of which would go through all N rows: there the rows are cut into
+    parts that are multiplied at the same time.
+    """
+    columns = factors.of_columns()
+    tiles = math.ceil(columns.shape[1] / 128) * math.ceil(hidden.shape[1] / 256)
+    parts = math.gcd(max(hidden.shape[0], 1), 8) if tiles <= _FEW_TILES else 1
+    if parts == 1 or hidden.device.type != "cuda":
+        return wide_mm(columns.T, hidden)
+    a, b = columns.unflatten(0, (parts, -1)).mT, hidden.unflatten(0, (parts, -1))
+    return torch.bmm(a, b, out_dtype=torch.float32).sum(0)
