@@ -211,9 +211,9 @@ def _tilt(
     units: Tensor,
 ) -> None:
     """`tail.tilt` into out (N, J); of the logits of the sampled ids in 16 bits."""
-    torch.mm(call.e, call.c[ids].T, out=out)
+    torch.mm(call.e, call.c.index_select(0, ids).T, out=out)
     if call.lora_b is not None:
-        torch.addmm(out, call.u, call.lora_b[ids].T, out=out)
+        torch.addmm(out, call.u, call.lora_b.index_select(0, ids).T, out=out)
     torch.ops.cce.tilt_(
         out, ids, first, lists.classes, lists.sample, lists.sample_weight, row_mass, lists.mass, a,
         call.bias, call.options.softcap, call.options.logit_scale, tail.SHARED, tail.TILT,

@@ -139,8 +139,8 @@ def lower_bounds(
         targets, order, count, v, call.vocab_start, strided, min(SAMPLED_TARGETS, n),
         min(DISTINCT_TARGETS, n),
     )  # fmt: skip
-    columns = c[ids].T
-    b_columns = None if lora_b is None else lora_b[ids].to(e.dtype).T
+    columns = c.index_select(0, ids).T
+    b_columns = None if lora_b is None else lora_b.index_select(0, ids).to(e.dtype).T
     sampled_bias = None if bias is None else bias[ids].float()
     parts = []
     for first in range(0, n, BOUND_ROWS):

@@ -132,10 +132,11 @@ def classify(e: Tensor, u: Tensor | None, rows: Tensor) -> Tensor:
 
     Shapes: e (N, D), u (N, R) or None, rows (S,).
     """
-    anchors = rows[:: max(1, rows.shape[0] // CLASSES)][:CLASSES]
-    score = wide_mm(e, e[anchors].T)
+    step = max(1, rows.shape[0] // CLASSES)
+    anchors = rows[: step * CLASSES : step]
+    score = wide_mm(e, e.index_select(0, anchors).T)
     if u is not None:
-        score = score + wide_mm(u, u[anchors].T)
+        score = score + wide_mm(u, u.index_select(0, anchors).T)
     return score.argmax(1)
 
 
