@@ -134,9 +134,9 @@ def classify(e: Tensor, u: Tensor | None, rows: Tensor) -> Tensor:
     """
     step = max(1, rows.shape[0] // CLASSES)
     anchors = rows[: step * CLASSES : step]
-    score = wide_mm(e, e.index_select(0, anchors).T)
+    score = wide_mm(e, e[anchors].T)
     if u is not None:
-        score = score + wide_mm(u, u.index_select(0, anchors).T)
+        score = score + wide_mm(u, u[anchors].T)
     return score.argmax(1)
 
 
