@@ -1,9 +1,7 @@
 // The epilogue of the backward's recompute: logits become what the matmuls over them want, 16 bit, in device memory.
 #pragma once
 
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-
+#include "cuda/common/convert.cuh"
 #include "cuda/common/epilogue.cuh"
 #include "cuda/common/work.cuh"
 
@@ -24,19 +22,6 @@ struct DlogitsOut {
   int64_t ld;
   bool compact;  // rows by position in the order; else at their original places
 };
-
-template <typename T>
-__device__ __forceinline__ uint32_t pack(float low, float high);
-template <>
-__device__ __forceinline__ uint32_t pack<__nv_bfloat16>(float low, float high) {
-  const __nv_bfloat162 x = __floats2bfloat162_rn(low, high);
-  return *reinterpret_cast<const uint32_t*>(&x);
-}
-template <>
-__device__ __forceinline__ uint32_t pack<__half>(float low, float high) {
-  const __half2 x = __floats2half2_rn(low, high);
-  return *reinterpret_cast<const uint32_t*>(&x);
-}
 
 // Rows that do not count: zeros, so that the matmuls over G can take all rows.
 template <typename T>

@@ -31,12 +31,6 @@ static_assert(kTailClasses == 8, "two by a lane of each quad");
 // Rows of shared memory four floats apart in the banks: those of eight ids are read at once.
 constexpr int kListedLd = kSlice + 4;
 
-template <typename T>
-__device__ __forceinline__ uint32_t pack(T low, T high) {
-  return uint32_t{reinterpret_cast<const uint16_t&>(low)} |
-         uint32_t{reinterpret_cast<const uint16_t&>(high)} << 16;
-}
-
 // Lanes of `left`, one after the other; -1 after the last.
 __device__ __forceinline__ int take_lane(unsigned& left) {
   const int lane = __ffs(left) - 1;
@@ -124,7 +118,7 @@ __global__ void __launch_bounds__(kThreads, kVector ? kBlocksPerProcessor : 3)
 #pragma unroll
   for (int i = 0; i < kIds / 8; ++i) {
     const T* shape = shapes + 2 * quad * p.shapes_ld + id_of(8 * i + row);
-    of_ids[i / 2][i % 2] = pack(shape[0], shape[p.shapes_ld]);
+    of_ids[i / 2][i % 2] = pack<T>(widen(shape[0]), widen(shape[p.shapes_ld]));
   }
   const int kinds = kTailClasses + p.smoothing;
   const float* group_sums = p.product + (p.hot + tile.first_id / kGroupCols * kinds) * width;
@@ -138,8 +132,7 @@ __global__ void __launch_bounds__(kThreads, kVector ? kBlocksPerProcessor : 3)
 #pragma unroll
     for (int t = 0; t < 4; ++t) {
       const int col = warp_col + 32 * part + row / 2 * 8 + 2 * t + row % 2;
-      sums[part][t] = pack(narrow<T>(group_sum(2 * quad, col) * unit),
-                           narrow<T>(group_sum(2 * quad + 1, col) * unit));
+      sums[part][t] = pack<T>(group_sum(2 * quad, col) * unit, group_sum(2 * quad + 1, col) * unit);
     }
   }
 
