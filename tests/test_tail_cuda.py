@@ -325,9 +325,8 @@ def test_gradient_by_columns(
     out = torch.full((v, width + padding), torch.nan, device="cuda")
     out = out.to(torch.float32 if wide else dtype)
     torch.ops.cce.column_gradient_(
-        out[:, :width], source, product, factors.shape, units, first, slots, items, weights, order,
-        smoothing,
-    )  # fmt: skip
+        out[:, :width], source, product, factors.shape, units, first, slots, items, weights, order
+    )
     segment = torch.repeat_interleave(torch.arange(v, device="cuda"), counts)
     terms = weights[order.long(), None] * source[items[order.long()].long()].float()
     expected = torch.zeros(v, width, device="cuda").index_add_(0, segment, terms)

@@ -255,6 +255,5 @@ def _column_gradient(kept: _Kept, source: Tensor, like: Tensor) -> Tensor:
     torch.ops.cce.column_gradient_(
         out, source, products.column_product(factors, source), factors.shape, factors.units,
         lists.column_first, lists.slots, lists.rows, kept.weights, lists.order,
-        factors.shape.shape[0] > tail.CLASSES,
     )  # fmt: skip
     return out

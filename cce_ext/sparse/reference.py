@@ -13,10 +13,7 @@ from torch import Tensor
 from cce_ext.options import LossOptions
 from cce_ext.reference import logits
 from cce_ext.sparse import tail
-
-_SAMPLED_COLUMNS = 512
-_SAMPLED_TARGETS, _DISTINCT_TARGETS = 1024, 512
-_ROW_BLOCK = 128
+from cce_ext.sparse.forward import DISTINCT_TARGETS, ROW_BLOCK, SAMPLED_COLUMNS, SAMPLED_TARGETS
 
 
 class SparseGradients(NamedTuple):
@@ -74,7 +71,7 @@ def sample_bound(z: Tensor, strided: Tensor, frequent: Tensor) -> Tensor:
 
 def sampled_columns(vocab: int, device: torch.device | str = "cpu") -> Tensor:
     """Up to 512 ids at equal distances."""
-    count = min(_SAMPLED_COLUMNS, vocab)
+    count = min(SAMPLED_COLUMNS, vocab)
     return torch.arange(count, device=device) * vocab // count
 
 
@@ -85,13 +82,13 @@ def sampled_targets(targets: Tensor, start: int, vocab: int) -> Tensor:
     The ids that a batch has as targets are those that its rows give mass: the lse over them is a
     lower bound of the lse that is close wherever the vocabulary's order says nothing.
     """
-    count = min(_SAMPLED_TARGETS, targets.shape[0])
+    count = min(SAMPLED_TARGETS, targets.shape[0])
     ids = targets[torch.arange(count) * targets.shape[0] // max(1, count)] - start
     ids = ids[(ids >= 0) & (ids < vocab)]
     distinct, which = torch.unique(ids, return_inverse=True)
     places = torch.arange(len(ids), device=ids.device)
     first = torch.full_like(distinct, len(ids)).scatter_reduce(0, which, places, "amin")
-    return distinct[first.argsort()[:_DISTINCT_TARGETS]]
+    return distinct[first.argsort()[:DISTINCT_TARGETS]]
 
 
 def sparse_gradients(
@@ -218,7 +215,7 @@ def sparse_gradients(
 
 def _blocks(rows: Tensor, valid: Tensor) -> Tensor:
     """Rows (N,) of the blocks of 128 valid rows in which any valid row has the mark."""
-    block = (valid.cumsum(0) - 1).clamp(min=0) // _ROW_BLOCK
+    block = (valid.cumsum(0) - 1).clamp(min=0) // ROW_BLOCK
     marked = torch.zeros(block.shape[0], dtype=torch.int64, device=rows.device)
     marked.index_add_(0, block, (rows & valid).long())
     return marked[block] > 0
@@ -228,7 +225,7 @@ def _overflowed(candidate: Tensor, valid: Tensor, capacity: int | None) -> Tenso
     """Rows (N,) of the blocks whose candidates do not fit."""
     if capacity is None:
         return torch.zeros_like(valid)
-    block = (valid.cumsum(0) - 1).clamp(min=0) // _ROW_BLOCK
+    block = (valid.cumsum(0) - 1).clamp(min=0) // ROW_BLOCK
     total = torch.zeros(block.shape[0], dtype=torch.int64, device=valid.device)
     total.index_add_(0, block, torch.where(valid, candidate.sum(1), 0))
-    return total[block] > capacity * _ROW_BLOCK
+    return total[block] > capacity * ROW_BLOCK

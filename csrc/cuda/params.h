@@ -94,7 +94,7 @@ struct BackwardParams {
   int64_t n = 0;
 };
 
-// One gradient that the exact rows add to. No data: not wanted.
+// One gradient, to which rows are added. No data: not wanted.
 struct Gradient {
   void* data = nullptr;  // (N or cols, width), of the head's dtype or float
   int64_t ld = 0, width = 0;

@@ -52,6 +52,14 @@ inline Tensor zeroed(const Tensor& like, int64_t size, ScalarType dtype) {
   return t;
 }
 
+// Room for so many records of four-byte numbers.
+template <typename Record>
+Tensor empty_records(const Tensor& like, int64_t count) {
+  static_assert(sizeof(Record) % sizeof(int32_t) == 0, "whole numbers");
+  return empty(like, {count, static_cast<int64_t>(sizeof(Record) / sizeof(int32_t))},
+               ScalarType::Int);
+}
+
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 inline cuda::Dtype kernel_dtype(const Tensor& e) {
@@ -280,8 +288,7 @@ inline Tensor row_records(const std::optional<Tensor>& dnll, const std::optional
   p.n = row_order.size(0);
   p.shard_size = shard_size;
   p.options = options;
-  constexpr auto kNumbers = static_cast<int64_t>(sizeof(cuda::RowGradient) / sizeof(int32_t));
-  const Tensor out = empty(lse, {p.n, kNumbers}, ScalarType::Int);
+  const Tensor out = empty_records<cuda::RowGradient>(lse, p.n);
   p.out = static_cast<cuda::RowGradient*>(out.mutable_data_ptr());
   check_cuda(cuda::row_gradients(p, stream_of(lse)), "row_gradients");
   return out;

@@ -106,8 +106,8 @@ STABLE_TORCH_LIBRARY(cce, m) {
       "Tensor weights, Tensor? order, Tensor? out_rows, Tensor(b!)? sums) -> ()");
   m.def(
       "column_gradient_(Tensor(a!) out, Tensor source, Tensor product, Tensor shapes, "
-      "Tensor units, Tensor first, Tensor slots, Tensor items, Tensor weights, Tensor order, "
-      "bool smoothing) -> ()");
+      "Tensor units, Tensor first, Tensor slots, Tensor items, Tensor weights, Tensor order) -> "
+      "()");
   // The exact gradients of the rows in the order: their rows of de and du are overwritten, dc, dbias and dlora_b added to.
   m.def(
       "exact_rows_(Tensor(a!)? de, Tensor(b!)? dc, Tensor(c!)? dbias, Tensor(d!)? du, "

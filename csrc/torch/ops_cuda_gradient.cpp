@@ -59,8 +59,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward_rows_cuda(
   const Tensor exact = empty(targets, {p.n}, ScalarType::Bool);
   const Tensor exact_share = empty(targets, {1}, ScalarType::Float);
   const Tensor d_all = empty(targets, {p.n}, ScalarType::Float);
-  const Tensor found =
-      empty(targets, {cuda::kRowsBlocks * sizeof(cuda::RowsFound)}, ScalarType::Byte);
+  const Tensor found = empty_records<cuda::RowsFound>(targets, cuda::kRowsBlocks);
   const Tensor order = empty(targets, {p.n}, ScalarType::Int);
   const Tensor count = empty(targets, {1}, ScalarType::Int);
   const Tensor units = empty(targets, {3}, ScalarType::Float);
@@ -105,6 +104,17 @@ Tensor entry_weights_cuda(Tensor row_first, Tensor rows, Tensor ids, Tensor logi
   return weights;
 }
 
+cuda::Gradient gradient(const std::optional<Tensor>& t, const Tensor& e, const char* name) {
+  cuda::Gradient g;
+  if (!t) return g;
+  STD_TORCH_CHECK(t->stride(1) == 1, name, " must be stored row by row");
+  g.data = t->mutable_data_ptr();
+  g.ld = t->stride(0);
+  g.width = t->size(1);
+  g.fp32 = is_fp32_beside(*t, e, name);
+  return g;
+}
+
 // Rows of source (items, width), as a list says.
 cuda::Entries entries_of(const Tensor& source, const Tensor& items, const Tensor& weights,
                          const std::optional<Tensor>& order) {
@@ -125,13 +135,10 @@ void gather_cuda(Tensor out, Tensor source, Tensor first, std::optional<Tensor> 
                  Tensor weights, std::optional<Tensor> order, std::optional<Tensor> out_rows,
                  std::optional<Tensor> sums) {
   const Guard guard(out.get_device_index());
-  STD_TORCH_CHECK(out.size(1) == source.size(1) && out.stride(1) == 1,
-                  "out and source must have the same columns, one beside the other");
+  STD_TORCH_CHECK(out.size(1) == source.size(1), "out and source must have the same columns");
   cuda::GatherParams p;
   p.entries = entries_of(source, items, weights, order);
-  p.out_fp32 = is_fp32_beside(out, source, "out");
-  p.out = out.mutable_data_ptr();
-  p.out_ld = out.stride(0);
+  p.out = gradient(out, source, "out");
   p.first = i32(first, "first");
   if (last) p.last = i32(*last, "last");
   if (out_rows) p.out_rows = i32(*out_rows, "out_rows");
@@ -149,18 +156,19 @@ void gather_cuda(Tensor out, Tensor source, Tensor first, std::optional<Tensor> 
 }
 
 void column_gradient_cuda(Tensor out, Tensor source, Tensor product, Tensor shapes, Tensor units,
-                          Tensor first, Tensor slots, Tensor items, Tensor weights, Tensor order,
-                          bool smoothing) {
+                          Tensor first, Tensor slots, Tensor items, Tensor weights, Tensor order) {
   const Guard guard(out.get_device_index());
-  const int64_t vocab = slots.size(0), kinds = cuda::kTailClasses + smoothing;
+  const int64_t vocab = slots.size(0), kinds = shapes.size(0);
   const int64_t hot = product.size(0) - ceil_div(vocab, kGroupCols) * kinds;
-  STD_TORCH_CHECK(out.size(1) == source.size(1) && out.stride(1) == 1 && out.size(0) == vocab,
-                  "out must have a row for each id, and source's columns, one beside the other");
-  STD_TORCH_CHECK(hot >= 0 && product.size(1) == source.size(1) && shapes.size(0) == kinds &&
-                      shapes.size(1) == vocab && shapes.stride(1) == 1 && units.size(0) == 3 &&
+  STD_TORCH_CHECK(out.size(1) == source.size(1) && out.size(0) == vocab,
+                  "out must have a row for each id, and source's columns");
+  STD_TORCH_CHECK(kinds == cuda::kTailClasses || kinds == cuda::kTailClasses + 1,
+                  "shapes must have a row for each class, and one more with label smoothing");
+  STD_TORCH_CHECK(hot >= 0 && product.size(1) == source.size(1) && shapes.size(1) == vocab &&
+                      shapes.stride(1) == 1 && units.size(0) == 3 &&
                       shapes.scalar_type() == source.scalar_type() && first.size(0) == vocab + 1,
-                  "product must have a row for each hot id and each group's kinds, shapes one for "
-                  "each kind, first a place for each id and one more, units three numbers");
+                  "product must have a row for each hot id and each group's kinds, shapes a column "
+                  "and first a place for each id (and one more), units three numbers");
   cuda::ColumnGradientParams p;
   p.entries = entries_of(source, items, weights, order);
   p.source_rows = source.size(0);
@@ -171,23 +179,10 @@ void column_gradient_cuda(Tensor out, Tensor source, Tensor product, Tensor shap
   p.product = f32(product, "product");
   p.shapes = shapes.const_data_ptr();
   p.shapes_ld = shapes.stride(0);
-  p.smoothing = smoothing;
+  p.smoothing = kinds > cuda::kTailClasses;
   p.units = f32(units, "units");
-  p.out_fp32 = is_fp32_beside(out, source, "out");
-  p.out = out.mutable_data_ptr();
-  p.out_ld = out.stride(0);
+  p.out = gradient(out, source, "out");
   check_cuda(cuda::column_gradient(p, stream_of(out)), "column_gradient_");
-}
-
-cuda::Gradient gradient(const std::optional<Tensor>& t, const Tensor& e, const char* name) {
-  cuda::Gradient g;
-  if (!t) return g;
-  STD_TORCH_CHECK(t->stride(1) == 1, name, " must be stored row by row");
-  g.data = t->mutable_data_ptr();
-  g.ld = t->stride(0);
-  g.width = t->size(1);
-  g.fp32 = is_fp32_beside(*t, e, name);
-  return g;
 }
 
 // See the schema. All matrices readable as they are, but lora_b may be float32, its rows of any length.

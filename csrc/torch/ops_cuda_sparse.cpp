@@ -83,8 +83,7 @@ std::tuple<Tensor, Tensor, Tensor> draw_rows_cuda(Tensor share, Tensor bound2, T
   p.order = Order(row_order, row_count).view();
   p.n = share.size(0);
   p.samples = static_cast<int>(samples);
-  constexpr auto kNumbers = static_cast<int64_t>(sizeof(cuda::RowStart) / sizeof(int32_t));
-  const Tensor starts = empty(share, {p.n, kNumbers}, ScalarType::Int);
+  const Tensor starts = empty_records<cuda::RowStart>(share, p.n);
   const Tensor rows = empty(share, {samples}, ScalarType::Long);
   const Tensor draws = empty(share, {samples}, ScalarType::Float);
   p.starts = static_cast<cuda::RowStart*>(starts.mutable_data_ptr());

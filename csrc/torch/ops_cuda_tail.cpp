@@ -38,8 +38,7 @@ std::tuple<Tensor, Tensor> level_sums_cuda(Tensor levels, Tensor rows, Tensor dr
   p.vocab = shard_size;
   p.options = {softcap, 1.0, 0.0, ignore_index, vocab_start, vocab_total};
   p.log2_eps = static_cast<float>(std::log2(eps));
-  constexpr auto kNumbers = static_cast<int64_t>(sizeof(cuda::LevelRow) / sizeof(int32_t));
-  const Tensor sorted = empty(lse, {p.samples, kNumbers}, ScalarType::Int);
+  const Tensor sorted = empty_records<cuda::LevelRow>(lse, p.samples);
   const Tensor weight = empty(lse, {p.samples}, ScalarType::Float);
   const Tensor sums = empty(lse, {cuda::kTailClasses, p.vocab}, ScalarType::Float);
   p.sorted = static_cast<cuda::LevelRow*>(sorted.mutable_data_ptr());

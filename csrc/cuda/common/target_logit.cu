@@ -3,6 +3,7 @@
 #include "cuda/common/convert.cuh"
 #include "cuda/common/epilogue.cuh"
 #include "cuda/common/rows.h"
+#include "cuda/common/warp.cuh"
 
 namespace cce::cuda {
 namespace {
@@ -68,8 +69,7 @@ __global__ void __launch_bounds__(kThreads)
       x += p.lora_b_fp32 ? lane_dot<T, float, kVector>(p.u, row, p.lora_b, local)
                          : lane_dot<T, T, kVector>(p.u, row, p.lora_b, local);
     }
-#pragma unroll
-    for (int d = 16; d > 0; d /= 2) x += __shfl_xor_sync(~0u, x, d);
+    x = warp_sum(x);
     if (p.bias) x += p.bias[local];
     x *= static_cast<float>(p.options.logit_scale);
     const float cap = static_cast<float>(p.options.softcap);

@@ -1,6 +1,7 @@
 // A lower bound of each row's lse from a few thousand of its logits, and about what the row will drop. One warp a row, no
 // shared memory.
 #include "cuda/common/epilogue.cuh"
+#include "cuda/common/warp.cuh"
 #include "cuda/sparse/lists.h"
 
 namespace cce::cuda {
@@ -8,17 +9,6 @@ namespace {
 
 constexpr int kThreads = 128;
 constexpr int kTop = 8;  // the largest strided logits stand for themselves alone
-
-__device__ __forceinline__ float warp_max(float x) {
-#pragma unroll
-  for (int d = 16; d > 0; d /= 2) x = fmaxf(x, __shfl_xor_sync(~0u, x, d));
-  return x;
-}
-__device__ __forceinline__ float warp_sum(float x) {
-#pragma unroll
-  for (int d = 16; d > 0; d /= 2) x += __shfl_xor_sync(~0u, x, d);
-  return x;
-}
 
 constexpr int kPerLane = kMaxStrided / 32;
 

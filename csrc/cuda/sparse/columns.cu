@@ -181,47 +181,32 @@ __global__ void __launch_bounds__(kThreads, kVector ? kBlocksPerProcessor : 3)
       Piece<Out, kVector> piece;
 #pragma unroll
       for (int j = 0; j < kPerLane; ++j) piece.x[j] = narrow<Out>(sum[j]);
-      piece.store(static_cast<Out*>(p.out) + (tile.first_id + i) * p.out_ld, warp_col + col, width);
+      piece.store(static_cast<Out*>(p.out.data) + (tile.first_id + i) * p.out.ld, warp_col + col,
+                  width);
     }
   }
-}
-
-template <typename T, typename Out, bool kVector>
-cudaError_t launch(const ColumnGradientParams& p, cudaStream_t stream) {
-  const int64_t tiles = (p.vocab + kIds - 1) / kIds;
-  const int64_t slices = (p.entries.width + kSlice - 1) / kSlice;
-  if (tiles * slices > INT32_MAX) return cudaErrorInvalidValue;
-  const int64_t slice_bytes = std::max<int64_t>(p.source_rows, 1) * kSlice * sizeof(T);
-  const int64_t cached = current_device().cache_bytes / 4 * 3 / slice_bytes;
-  const int64_t together = std::clamp<int64_t>(cached, 1, slices);
-  columns_kernel<T, Out, kVector><<<static_cast<unsigned>(tiles * slices), kThreads, 0, stream>>>(
-      p, static_cast<unsigned>(tiles), static_cast<unsigned>(slices),
-      static_cast<unsigned>(together));
-  return cudaGetLastError();
-}
-
-bool vector_access(const ColumnGradientParams& p) {
-  const auto aligned = [](const void* x) { return reinterpret_cast<uintptr_t>(x) % 16 == 0; };
-  return p.entries.width % 8 == 0 && p.entries.source_ld % 8 == 0 && p.out_ld % 8 == 0 &&
-         aligned(p.entries.source) && aligned(p.out);
-}
-
-template <typename T, typename Out>
-cudaError_t choose(const ColumnGradientParams& p, cudaStream_t stream) {
-  return vector_access(p) ? launch<T, Out, true>(p, stream) : launch<T, Out, false>(p, stream);
-}
-
-template <typename T>
-cudaError_t choose(const ColumnGradientParams& p, cudaStream_t stream) {
-  return p.out_fp32 ? choose<T, float>(p, stream) : choose<T, T>(p, stream);
 }
 
 }  // namespace
 
 cudaError_t column_gradient(const ColumnGradientParams& params, cudaStream_t stream) {
   if (params.vocab == 0 || params.entries.width == 0) return cudaSuccess;
-  return params.entries.dtype == Dtype::kBFloat16 ? choose<__nv_bfloat16>(params, stream)
-                                                  : choose<__half>(params, stream);
+  const int64_t tiles = (params.vocab + kIds - 1) / kIds;
+  const int64_t slices = (params.entries.width + kSlice - 1) / kSlice;
+  if (tiles * slices > INT32_MAX) return cudaErrorInvalidValue;
+  constexpr int64_t kBytes = 2;  // of a number of source
+  const int64_t slice_bytes = std::max<int64_t>(params.source_rows, 1) * kSlice * kBytes;
+  const int64_t cached = current_device().cache_bytes / 4 * 3 / slice_bytes;
+  const auto together = static_cast<unsigned>(std::clamp<int64_t>(cached, 1, slices));
+  return choose_types(params.entries, params.out, [&](auto types) {
+    using Types = decltype(types);
+    using T = typename Types::T;
+    using Out = typename Types::Out;
+    columns_kernel<T, Out, Types::kVector>
+        <<<static_cast<unsigned>(tiles * slices), kThreads, 0, stream>>>(
+            params, static_cast<unsigned>(tiles), static_cast<unsigned>(slices), together);
+    return cudaGetLastError();
+  });
 }
 
 }  // namespace cce::cuda

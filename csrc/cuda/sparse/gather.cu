@@ -7,6 +7,7 @@
 
 #include <cub/device/device_partition.cuh>
 
+#include "cuda/common/warp.cuh"
 #include "cuda/device_info.h"
 #include "cuda/sparse/gather.cuh"
 
@@ -54,13 +55,12 @@ __device__ __forceinline__ void add_to_output(const GatherParams& p, int segment
                                               const LaneColumns& columns,
                                               const float (&sum)[kPerLane], float total) {
   if (p.sums) {
-#pragma unroll
-    for (int d = 16; d > 0; d /= 2) total += __shfl_xor_sync(~0u, total, d);
+    total = warp_sum(total);
     if (columns.col == 0) p.sums[segment] += total;
   }
   if (!columns.there) return;
   const int64_t row = p.out_rows ? p.out_rows[segment] : segment;
-  Out* out = static_cast<Out*>(p.out) + row * p.out_ld;
+  Out* out = static_cast<Out*>(p.out.data) + row * p.out.ld;
   Piece<Out, kVector> piece;
   piece.load(out, columns.col, p.entries.width);
 #pragma unroll
@@ -127,30 +127,6 @@ cudaError_t partition(const GatherParams& p, void* workspace, size_t& bytes, cud
                                   IsLight{Segments(p)}, stream);
 }
 
-template <typename T, typename Out, bool kVector>
-cudaError_t launch(const GatherParams& p, cudaStream_t stream) {
-  const int blocks = current_device().multiprocessors * kBlocksPerProcessor;
-  heavy_kernel<T, Out, kVector><<<blocks, kThreads, 0, stream>>>(p);
-  light_kernel<T, Out, kVector><<<blocks, kThreads, 0, stream>>>(p);
-  return cudaGetLastError();
-}
-
-bool vector_access(const GatherParams& p) {
-  return p.entries.width % 8 == 0 && p.entries.source_ld % 8 == 0 && p.out_ld % 8 == 0 &&
-         reinterpret_cast<uintptr_t>(p.entries.source) % 16 == 0 &&
-         reinterpret_cast<uintptr_t>(p.out) % 16 == 0;
-}
-
-template <typename T, typename Out>
-cudaError_t choose(const GatherParams& p, cudaStream_t stream) {
-  return vector_access(p) ? launch<T, Out, true>(p, stream) : launch<T, Out, false>(p, stream);
-}
-
-template <typename T>
-cudaError_t choose(const GatherParams& p, cudaStream_t stream) {
-  return p.out_fp32 ? choose<T, float>(p, stream) : choose<T, T>(p, stream);
-}
-
 }  // namespace
 
 size_t gather_workspace(int64_t segments) {
@@ -166,8 +142,15 @@ cudaError_t gather_rows(const GatherParams& params, cudaStream_t stream) {
   size_t bytes = params.partition_bytes;
   const cudaError_t error = partition(params, params.partition, bytes, stream);
   if (error != cudaSuccess) return error;
-  return params.entries.dtype == Dtype::kBFloat16 ? choose<__nv_bfloat16>(params, stream)
-                                                  : choose<__half>(params, stream);
+  const int blocks = current_device().multiprocessors * kBlocksPerProcessor;
+  return choose_types(params.entries, params.out, [&](auto types) {
+    using Types = decltype(types);
+    using T = typename Types::T;
+    using Out = typename Types::Out;
+    heavy_kernel<T, Out, Types::kVector><<<blocks, kThreads, 0, stream>>>(params);
+    light_kernel<T, Out, Types::kVector><<<blocks, kThreads, 0, stream>>>(params);
+    return cudaGetLastError();
+  });
 }
 
 }  // namespace cce::cuda

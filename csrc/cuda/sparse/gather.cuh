@@ -97,4 +97,30 @@ __device__ __forceinline__ float add_entries(const Entries& entries, Batch batch
   return total;
 }
 
+// What the kernels are made for: types of source and output, and whether all pieces are read and written at once.
+template <typename Source, typename Output, bool kAtOnce>
+struct GatherTypes {
+  using T = Source;
+  using Out = Output;
+  static constexpr bool kVector = kAtOnce;
+};
+
+// launch(GatherTypes), by the tensors.
+template <typename T, typename Out, typename Launch>
+cudaError_t choose_types(const Entries& e, const Gradient& out, const Launch& launch) {
+  const auto aligned = [](const void* x) { return reinterpret_cast<uintptr_t>(x) % 16 == 0; };
+  const bool vector = e.width % 8 == 0 && e.source_ld % 8 == 0 && out.ld % 8 == 0 &&
+                      aligned(e.source) && aligned(out.data);
+  return vector ? launch(GatherTypes<T, Out, true>{}) : launch(GatherTypes<T, Out, false>{});
+}
+template <typename T, typename Launch>
+cudaError_t choose_types(const Entries& e, const Gradient& out, const Launch& launch) {
+  return out.fp32 ? choose_types<T, float>(e, out, launch) : choose_types<T, T>(e, out, launch);
+}
+template <typename Launch>
+cudaError_t choose_types(const Entries& e, const Gradient& out, const Launch& launch) {
+  return e.dtype == Dtype::kBFloat16 ? choose_types<__nv_bfloat16>(e, out, launch)
+                                     : choose_types<__half>(e, out, launch);
+}
+
 }  // namespace cce::cuda

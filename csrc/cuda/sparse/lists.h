@@ -258,9 +258,7 @@ struct Entries {
 // out[s] += Σ_i weights[i] source[items[i]] over the entries i of segment s; see gather.cu.
 struct GatherParams {
   Entries entries;
-  void* out = nullptr;  // (segments, width), of the entries' dtype unless out_fp32
-  int64_t out_ld = 0;
-  bool out_fp32 = false;
+  Gradient out;                    // (segments, width)
   const int32_t* first = nullptr;  // (segments + 1,): where a segment's entries start
   const int32_t* last = nullptr;   // (segments,): where they end; null: where the next one's start
   const int32_t* out_rows = nullptr;  // (segments,): row of out; null: s
@@ -288,9 +286,7 @@ struct ColumnGradientParams {
   int64_t shapes_ld = 0;
   bool smoothing = false;        // one kind more than classes
   const float* units = nullptr;  // (3,), by backward_rows
-  void* out = nullptr;           // (V, width), of the entries' dtype unless out_fp32
-  int64_t out_ld = 0;
-  bool out_fp32 = false;
+  Gradient out;                  // (V, width)
 };
 
 cudaError_t column_gradient(const ColumnGradientParams& params, cudaStream_t stream);

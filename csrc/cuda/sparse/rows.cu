@@ -7,6 +7,7 @@
 #include <cub/block/block_reduce.cuh>
 #include <cub/block/block_scan.cuh>
 
+#include "cuda/common/warp.cuh"
 #include "cuda/device_info.h"
 #include "cuda/sparse/lists.h"
 #include "cuda/sparse/tail.h"
@@ -25,8 +26,7 @@ __global__ void __launch_bounds__(kThreads)
   const int lane = threadIdx.x % 32;
   float mass = 0.0f;
   for (int g = lane; g < p.groups; g += 32) mass += p.mass[row * p.groups + g];
-#pragma unroll
-  for (int d = 16; d > 0; d /= 2) mass += __shfl_xor_sync(~0u, mass, d);
+  mass = warp_sum(mass);
   if (lane != 0) return;
   const bool counts = p.targets[row] != p.ignore_index;
   const float d = counts && p.dnll ? p.dnll[row * p.dnll_stride] : 0.0f;

@@ -5,6 +5,7 @@
 #include <cub/block/block_reduce.cuh>
 
 #include "cuda/common/convert.cuh"
+#include "cuda/common/warp.cuh"
 #include "cuda/sparse/tail.h"
 #include "cuda/sparse/tail_steps.cuh"
 
@@ -68,8 +69,7 @@ __global__ void __launch_bounds__(kShapeThreads)
     float sum = 0.0f;
 #pragma unroll
     for (int i = 0; i < kShapeCols; ++i) sum += mixed[k][i];
-#pragma unroll
-    for (int step = 16; step > 0; step /= 2) sum += __shfl_xor_sync(~0u, sum, step);
+    sum = warp_sum(sum);
     if (threadIdx.x % 32 == 0) partial[k][threadIdx.x / 32] = sum;
   }
   __syncthreads();
