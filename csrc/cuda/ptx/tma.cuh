@@ -8,24 +8,40 @@
 
 namespace cce::cuda::ptx {
 
+// What the second-level cache is told of the lines that a copy reads: to keep them, nothing, or that they may go first.
+// PTX ISA, "createpolicy".
+enum class Caching { kKeep, kNormal, kStream };
+
+template <Caching kCaching>
+__device__ __forceinline__ uint64_t cache_policy() {
+  uint64_t policy;
+  if constexpr (kCaching == Caching::kKeep)
+    asm("createpolicy.fractional.L2::evict_last.b64 %0, 1.0;" : "=l"(policy));
+  else if constexpr (kCaching == Caching::kStream)
+    asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+  else
+    asm("createpolicy.fractional.L2::evict_normal.b64 %0, 1.0;" : "=l"(policy));
+  return policy;
+}
+
 // The box of `map` at (column x, row y); what lies outside of the matrix becomes zeros. Its bytes count on `barrier`.
 __device__ __forceinline__ void tma_load(uint32_t shared, const CUtensorMap* map, uint32_t barrier,
-                                         int x, int y) {
+                                         int x, int y, uint64_t policy) {
   asm volatile(
-      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes "
-      "[%0], [%1, {%3, %4}], [%2];" ::"r"(shared),
-      "l"(map), "r"(barrier), "r"(x), "r"(y)
+      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint "
+      "[%0], [%1, {%3, %4}], [%2], %5;" ::"r"(shared),
+      "l"(map), "r"(barrier), "r"(x), "r"(y), "l"(policy)
       : "memory");
 }
 
 // The same into the blocks of the cluster whose bits are in `blocks`, at the same place in each, counted on each one's barrier.
 __device__ __forceinline__ void tma_load_multicast(uint32_t shared, const CUtensorMap* map,
-                                                   uint32_t barrier, int x, int y,
-                                                   uint16_t blocks) {
+                                                   uint32_t barrier, int x, int y, uint16_t blocks,
+                                                   uint64_t policy) {
   asm volatile(
       "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes"
-      ".multicast::cluster [%0], [%1, {%3, %4}], [%2], %5;" ::"r"(shared),
-      "l"(map), "r"(barrier), "r"(x), "r"(y), "h"(blocks)
+      ".multicast::cluster.L2::cache_hint [%0], [%1, {%3, %4}], [%2], %5, %6;" ::"r"(shared),
+      "l"(map), "r"(barrier), "r"(x), "r"(y), "h"(blocks), "l"(policy)
       : "memory");
 }
 

@@ -90,22 +90,26 @@ __device__ __forceinline__ void init_barriers(const Pipeline& pipe, const Work& 
 
 // A slice of a B tile: both halves, or, in a cluster, one of them for both blocks. row: the tile's first.
 __device__ __forceinline__ void load_b(const Work& work, const CUtensorMap* map, uint32_t to,
-                                       uint32_t full, int k, int row) {
+                                       uint32_t full, int k, int row, uint64_t policy) {
   if (work.cluster_bits > 0) {
     const int rank = static_cast<int>(blockIdx.x) & 1;
     ptx::tma_load_multicast(to + rank * Config::kHalfBytesB, map, full, k,
-                            row + rank * Config::kHalfN, 3);
+                            row + rank * Config::kHalfN, 3, policy);
   } else {
-    ptx::tma_load(to, map, full, k, row);
-    ptx::tma_load(to + Config::kHalfBytesB, map, full, k, row + Config::kHalfN);
+    ptx::tma_load(to, map, full, k, row, policy);
+    ptx::tma_load(to + Config::kHalfBytesB, map, full, k, row + Config::kHalfN, policy);
   }
 }
 
-// Both tiles of every slice by tensor copies; one thread. compact: A tiles from the matrices in the row order.
+// Both tiles of every slice by tensor copies; one thread. compact: A tiles from the matrices in the row order. A superblock's
+// E is read again with every tile of C and is to stay in the second-level cache. kCachingB: what happens to C there.
+template <ptx::Caching kCachingB>
 __device__ __forceinline__ void load_tiles(const Work& work, const Maps& maps, const Pipeline& pipe,
                                            int row_blocks, bool compact) {
   const CUtensorMap* const e = compact ? &maps.e_compact : &maps.e;
   const CUtensorMap* const u = compact ? &maps.u_compact : &maps.u;
+  const uint64_t policy_a = ptx::cache_policy<ptx::Caching::kKeep>();
+  const uint64_t policy_b = ptx::cache_policy<kCachingB>();
   Ring ring;
   for (Cursor at(work, row_blocks); !at.done(); at.next_tile()) {
     // A cluster's last row block may not exist.
@@ -117,21 +121,22 @@ __device__ __forceinline__ void load_tiles(const Work& work, const Maps& maps, c
       const uint32_t full = pipe.full + 8 * ring.stage;
       ptx::mbarrier_wait(pipe.empty + 8 * ring.stage, ring.phase ^ 1);
       ptx::mbarrier_arrive_expect(full, Config::kStageBytes);
-      ptx::tma_load(pipe.a(ring.stage), low_rank ? u : e, full, k, row);
+      ptx::tma_load(pipe.a(ring.stage), low_rank ? u : e, full, k, row, policy_a);
       load_b(work, low_rank ? &maps.lora_b : &maps.c, pipe.b(ring.stage), full, k,
-             at.tile * Config::kBlockN);
+             at.tile * Config::kBlockN, policy_b);
     }
   }
 }
 
 // A tiles by gathering rows, B tiles by tensor copies; all 128 threads of the warpgroup.
-template <typename T>
+template <typename T, ptx::Caching kCachingB>
 __device__ __forceinline__ void gather_tiles(const Work& work, const Maps& maps,
                                              const Pipeline& pipe, int row_blocks, int count) {
   constexpr int kPieces = Config::kBlockK / 8, kRowStep = 128 / kPieces;
   constexpr int kCopies = Config::kBlockM / kRowStep;
   const int thread = threadIdx.x % 128, piece = thread % kPieces, row = thread / kPieces;
   const uint32_t write = row * 128 + ((piece ^ (row & 7)) << 4);  // rows 16 apart swizzle alike
+  const uint64_t policy_b = ptx::cache_policy<kCachingB>();
   Ring ring;
   for (Cursor at(work, row_blocks); !at.done(); at.next_tile()) {
     int rows[kCopies];
@@ -150,7 +155,7 @@ __device__ __forceinline__ void gather_tiles(const Work& work, const Maps& maps,
       if (thread == 0) {
         ptx::mbarrier_arrive_expect(full, Config::kBytesB);
         load_b(work, low_rank ? &maps.lora_b : &maps.c, pipe.b(ring.stage), full, k,
-               at.tile * Config::kBlockN);
+               at.tile * Config::kBlockN, policy_b);
       }
       const T* from = static_cast<const T*>(a.data) + k + piece * 8;
       const bool beyond = k + piece * 8 >= a.cols;
@@ -255,8 +260,8 @@ __device__ __forceinline__ void consume(const Work& work, const Pipeline& pipe, 
   }
 }
 
-// The whole block: barriers, roles, streams. prepare() runs in all threads before the roles part.
-template <typename T, typename Prepare, typename TileEpilogue>
+// The whole block: barriers, roles, streams. prepare() runs in all threads before the roles part. kCachingB: of tiles of C.
+template <typename T, ptx::Caching kCachingB, typename Prepare, typename TileEpilogue>
 __device__ __forceinline__ void run_block(const Work& work, const Maps& maps, uint8_t* shared,
                                           int count, const float* bias, Prepare&& prepare,
                                           TileEpilogue&& epilogue) {
@@ -272,9 +277,9 @@ __device__ __forceinline__ void run_block(const Work& work, const Maps& maps, ui
   if (threadIdx.x / 128 == Config::kConsumers) {
     ptx::give_registers<Config::kProducerRegisters>();
     if (gather) {
-      gather_tiles<T>(work, maps, pipe, row_blocks, count);
+      gather_tiles<T, kCachingB>(work, maps, pipe, row_blocks, count);
     } else if (threadIdx.x % 128 == 0) {
-      load_tiles(work, maps, pipe, row_blocks, !all);
+      load_tiles<kCachingB>(work, maps, pipe, row_blocks, !all);
     }
   } else {
     ptx::take_registers<Config::kConsumerRegisters>();
