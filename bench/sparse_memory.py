@@ -35,7 +35,7 @@ def forward_peaks(
     n, v, d, r: as in the shapes of e (N, D), c (V, D), u (N, R); eps: the threshold; converts:
     whether lora_b is float32, not of e's dtype.
     """
-    columns = SAMPLED_COLUMNS + min(DISTINCT_TARGETS, n)
+    columns = SAMPLED_COLUMNS + min(DISTINCT_TARGETS, n) + CLASSES
     products = 4 * min(n, BOUND_ROWS) * columns
     pool = 8 * candidate_capacity(n, v, eps) * -(-n // ROW_BLOCK)
     kept = kept_capacity(n, v, eps)

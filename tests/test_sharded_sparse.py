@@ -20,7 +20,7 @@ from cce_ext.distributed.vocab_parallel import ShardKernels, sharded_loss
 from cce_ext.options import Filter, LossOptions
 from cce_ext.reference import logits
 from cce_ext.sparse import tail
-from cce_ext.sparse.forward import Found, Lists, Selected
+from cce_ext.sparse.forward import Bounds, Found, Lists, Selected
 from cce_ext.sparse.reference import Shard, SparseGradients, sparse_gradients
 from cce_ext.sparse.shard import _by_groups
 from tests.ranks import run_ranks
@@ -229,21 +229,23 @@ class Kernels:
         lse = torch.logsumexp(logits(e, c, bias, u, lora_b, LossOptions(*options)), -1)
         self.reference(None, None, lse, lambda x: known.append(x) or x, lambda x: x)
         (own,) = known
-        n = torch.zeros(e.shape[0])
-        return n.int(), n[:1].int(), torch.zeros_like(own), own / math.log(2), torch.ones_like(own)
+        order, classes = torch.zeros(e.shape[0], dtype=torch.int32), torch.zeros(e.shape[0]).long()
+        ones = torch.ones_like(own)
+        return Bounds(order, order[:1].clone(), ones * 0, own / math.log(2), ones, classes)
 
     def collect(self, *call: Any) -> tuple[Tensor, ...]:
-        *inputs, eps, _, _, target_logit, bound2, _ = call
+        known = len(Bounds._fields)
+        (*inputs, eps), bounds = call[:-known], Bounds(*call[-known:])
         assert eps == EPS
         nll, lse, own, *others = torch.ops.cce.linear_ce_forward(*inputs, False)
-        target_logit.copy_(own)
-        self.whole_bound = bound2 * math.log(2)
+        bounds.target_logit.copy_(own)
+        self.whole_bound = bounds.bound2 * math.log(2)
         found = Found(*(torch.zeros(1) for _ in Found._fields))
         self.pool = StorageWeakRef(found.pool.untyped_storage())
         return (nll, lse, *others, *found)
 
     def select(self, *call: Any) -> tuple[Tensor, ...]:
-        self.lse = call[7]
+        self.lse = call[len(Bounds._fields) + 2]
         return tuple(torch.zeros(1) for _ in Selected._fields)
 
     def sort(self, *call: Any) -> tuple[Tensor, ...]:

@@ -108,12 +108,15 @@ def test_sums_of_what_sampled_rows_drop(dtype: torch.dtype, softcap: float, n: i
     stats, found = sparse_forward.collect(call, False, eps, bounds)
     exact = uniform(n, seed=3) < (0.1 if n > 1 else 0)
     sums, weight = torch.ops.cce.level_sums(
-        found.levels, found.sample, found.draws, found.classes, bounds.bound2, stats.lse, targets,
+        found.levels, found.sample, found.draws, bounds.classes, bounds.bound2, stats.lse, targets,
         exact, v, eps, softcap, -100, 0, v,
     )  # fmt: skip
+    anchors = tail.anchors(targets != -100)
+    score = e.double() @ e[anchors].double().T
+    nearest = score.gather(1, bounds.classes[:, None])[:, 0]
+    assert (nearest >= score.amax(1) - 1e-4 * score.abs().amax()).all()
     rows = found.sample
     assert torch.equal(weight, torch.where(exact[rows], 0, found.draws))
-    assert torch.equal(found.classes, tail.classify(e, None, rows))
     # Levels from logits in float64 may be the next ones: a step is 9 %.
     z = logits(e.double(), c.double(), bias.double(), None, None, LossOptions(-100, softcap, scale))
     z, lse, bound = z[rows], stats.lse.double()[rows], bounds.bound2.double()[rows] * math.log(2)
@@ -124,7 +127,7 @@ def test_sums_of_what_sampled_rows_drop(dtype: torch.dtype, softcap: float, n: i
     if softcap:
         slope = (1 - (written / softcap) ** 2).clamp(min=0)
         dropped = torch.where(dropped == 0, 0, dropped * slope)
-    member = tail.one_hot(found.classes[rows], tail.CLASSES, torch.float64)
+    member = tail.one_hot(bounds.classes[rows], tail.CLASSES, torch.float64)
     expected = member.T @ (dropped * weight[:, None])
     assert error(sums, expected) < 5e-3
     assert ((sums - expected).abs() <= 0.1 * expected.abs().amax(0) + eps * weight.max()).all()
@@ -283,9 +286,10 @@ def test_columns_of_the_bound(n: int, frequent: float, start: int) -> None:
     targets[::7] = -100
     order, count = torch.ops.cce.row_order(targets, -100)
     distinct = min(sparse_forward.DISTINCT_TARGETS, n)
-    ids, counts = torch.ops.cce.bound_columns(
+    ids, counts, anchors = torch.ops.cce.bound_columns(
         targets, order, count, v, start, strided, min(sparse_forward.SAMPLED_TARGETS, n), distinct
     )
+    assert torch.equal(anchors, tail.anchors(targets != -100))
     expected = sampled_targets(targets[targets != -100].cpu(), start, v)
     found = ids[strided:][counts[strided:] == 1].cpu()
     assert found.tolist() == expected[:distinct].tolist()

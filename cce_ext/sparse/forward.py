@@ -22,8 +22,9 @@ from cce_ext.reference import RowStatistics
 from cce_ext.sparse import tail
 
 # Columns at equal distances, and ids of targets of the batch, whose logits bound the lse from below. So many
-# targets are looked at; half of them are there twice.
-SAMPLED_COLUMNS, SAMPLED_TARGETS, DISTINCT_TARGETS = 512, 1024, 512
+# targets are looked at; half of them are there twice. With the anchors of the classes they are 1024 columns, whole
+# tiles of a product.
+SAMPLED_COLUMNS, SAMPLED_TARGETS, DISTINCT_TARGETS = 512, 1024, 504
 # Rows whose sampled logits are in memory at a time.
 BOUND_ROWS = 8192
 ROW_BLOCK = 128
@@ -96,6 +97,7 @@ class Bounds(NamedTuple):
     target_logit: Tensor  # (N,): 0 where another shard holds the target
     bound2: Tensor  # (N,): a lower bound of the lse, base 2
     share: Tensor  # (N,): about what the row will drop
+    classes: Tensor  # (N,) int64: which rows' tails are alike
 
 
 class Found(NamedTuple):
@@ -107,7 +109,6 @@ class Found(NamedTuple):
     # Of the sample of rows:
     sample: Tensor  # (S,) int64: row numbers
     draws: Tensor  # (S,): how often each was drawn, over its share; 0 where there is none
-    classes: Tensor  # (N,) int64: of all rows
     levels: Tensor  # (S, V and up to 31 more) uint8: their logits
     # Entries that may turn out to be kept:
     pool: Tensor  # (B, capacity, 2) int32
@@ -129,18 +130,18 @@ class Selected(NamedTuple):
 
 def lower_bounds(
     call: Call, target_logit: Tensor, order: Tensor, count: Tensor, eps: float
-) -> tuple[Tensor, Tensor]:
-    """A lower bound (N,) of each row's lse, in base 2, and about what the row will drop; see
-    `reference.sparse_gradients`. The bound of a shard's lse is one of the whole vocabulary's."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """A lower bound (N,) of each row's lse, in base 2, about what the row will drop, and its class;
+    see `reference.sparse_gradients`. The bound of a shard's lse is one of the whole vocabulary's."""
     e, c, targets, bias, u, lora_b, _, softcap, logit_scale, *_ = call
     n, v = e.shape[0], c.shape[0]
     strided = min(SAMPLED_COLUMNS, v)
-    ids, counts = torch.ops.cce.bound_columns(
+    ids, counts, anchors = torch.ops.cce.bound_columns(
         targets, order, count, v, call.vocab_start, strided, min(SAMPLED_TARGETS, n),
         min(DISTINCT_TARGETS, n),
     )  # fmt: skip
-    columns = c.index_select(0, ids).T
-    b_columns = None if lora_b is None else lora_b.index_select(0, ids).to(e.dtype).T
+    columns = _joined(c, ids, e, anchors).T
+    b_columns = None if lora_b is None else _joined(lora_b, ids, u, anchors).T
     sampled_bias = None if bias is None else bias[ids].float()
     parts = []
     for first in range(0, n, BOUND_ROWS):
@@ -156,12 +157,24 @@ def lower_bounds(
         )  # fmt: skip
     if len(parts) == 1:
         return parts[0]
-    bounds, shares = zip(*parts, strict=True)
-    return torch.cat(bounds), torch.cat(shares)
+    return tuple(torch.cat(results) for results in zip(*parts, strict=True))
+
+
+def _joined(a: Tensor, ids: Tensor, b: Tensor, rows: Tensor) -> Tensor:
+    """Those ids of a, in b's dtype, then those rows of b."""
+    out = b.new_empty(len(ids) + len(rows), b.shape[1])
+    first = out[: len(ids)]
+    if a.dtype == b.dtype:
+        torch.index_select(a, 0, ids, out=first)
+    else:
+        first.copy_(a.index_select(0, ids))
+    torch.index_select(b, 0, rows, out=out[len(ids) :])
+    return out
 
 
 def bound_rows(call: Call, eps: float) -> Bounds:
-    """The order of the rows, their target logits, bounds of their lse, about what they drop."""
+    """The order of the rows, their target logits, bounds of their lse, about what they drop, their
+    classes."""
     order, count = torch.ops.cce.row_order(call.targets, call.ignore_index)
     ignore_index, softcap, logit_scale, _, *place = call[6:]
     target_logit = torch.ops.cce.target_logits(
@@ -181,7 +194,7 @@ def _own(target_logit: Tensor, targets: Tensor, v: int, start: int, total: int) 
 
 def collect(call: Call, metrics: bool, eps: float, bounds: Bounds) -> tuple[RowStatistics, Found]:
     """The pass over the vocabulary."""
-    order, count, target_logit, bound2, share = bounds
+    order, count, target_logit, bound2, share, _ = bounds
     n, v = call.e.shape[0], call.c.shape[0]
     size = tail.sample_size(n, v)
     starts, sample, draws = torch.ops.cce.draw_rows(share, bound2, order, count, size)
@@ -189,8 +202,7 @@ def collect(call: Call, metrics: bool, eps: float, bounds: Bounds) -> tuple[RowS
         *call, metrics, order, count, target_logit, starts, eps, candidate_capacity(n, v, eps), size
     )
     rows = RowStatistics(nll, lse, target_logit, *others)
-    classes = tail.classify(call.e, call.u, sample)
-    return rows, Found(max_sum, capped, sample, draws, classes, levels, pool, counts)
+    return rows, Found(max_sum, capped, sample, draws, levels, pool, counts)
 
 
 def select_entries(
@@ -208,7 +220,7 @@ def select_entries(
     """The kept entries, by the final lse (N,); targets (N,) int64. The pool is of no use
     afterwards."""
     capacity = kept_capacity(lse.shape[0], shard_size, eps)
-    order, count, target_logit, bound2, _ = bounds
+    order, count, target_logit, bound2, *_ = bounds
     selected = torch.ops.cce.select_kept(
         pool, counts, order, count, target_logit, bound2, lse, targets, eps, ignore_index,
         shard_size, vocab_start, vocab_total, capacity, min(HOT_IDS, shard_size),
@@ -238,12 +250,12 @@ def sort_entries(
         lse, shard_size, softcap,
     )  # fmt: skip
     tail_sums, weight = torch.ops.cce.level_sums(
-        found.levels, found.sample, found.draws, found.classes, bounds.bound2, lse, targets,
+        found.levels, found.sample, found.draws, bounds.classes, bounds.bound2, lse, targets,
         exact_rows, shard_size, eps, softcap, ignore_index, vocab_start, vocab_total,
     )  # fmt: skip
     return Lists(
         *entries, row_first, row_hot, column_first, hot_ids, slots, mass, exact_rows, bounds.order,
-        found.sample, weight, found.classes, tail_sums, tally,
+        found.sample, weight, bounds.classes, tail_sums, tally,
     )  # fmt: skip
 
 

@@ -70,14 +70,14 @@ def sample_bound(z: Tensor, strided: Tensor, frequent: Tensor) -> Tensor:
 
 
 def sampled_columns(vocab: int, device: torch.device | str = "cpu") -> Tensor:
-    """Up to 512 ids at equal distances."""
+    """Ids at equal distances, up to SAMPLED_COLUMNS."""
     count = min(SAMPLED_COLUMNS, vocab)
     return torch.arange(count, device=device) * vocab // count
 
 
 def sampled_targets(targets: Tensor, start: int, vocab: int) -> Tensor:
-    """The distinct ids of a shard among up to 1024 targets (those that count) at equal distances,
-    the first 512 of them; start, vocab: the shard's first id and size.
+    """The distinct ids of a shard among up to SAMPLED_TARGETS targets (those that count) at equal
+    distances, the first DISTINCT_TARGETS of them; start, vocab: the shard's first id and size.
 
     The ids that a batch has as targets are those that its rows give mass: the lse over them is a
     lower bound of the lse that is close wherever the vocabulary's order says nothing.
@@ -168,7 +168,7 @@ def sparse_gradients(
     sample = tail.draw_rows(drops.float(), valid, tail.sample_size(len(z), vocab))
     rows = sample.rows
     sample = tail.Sample(rows, torch.where(unknown[rows], 0, sample.weight).to(z.dtype))
-    classes = tail.classify(e, u, rows)
+    classes = tail.classify(e, u, tail.anchors(valid))
     written = tail.level_logits(tail.levels(z[rows], bound[rows]), bound[rows])
     dropped = torch.exp(written - lse[rows, None])
     dropped = torch.where(is_target[rows] | (dropped >= eps), 0, dropped)

@@ -159,6 +159,7 @@ def _fake_bound(*args: Any) -> tuple[Tensor, ...]:
         e.new_empty(n, dtype=floats),
         e.new_empty(n, dtype=floats),
         e.new_empty(n, dtype=floats),
+        e.new_empty(n, dtype=torch.int64),
     )
 
 
@@ -178,7 +179,6 @@ def _fake_collect(dense: Callable[..., tuple]) -> Callable[..., tuple]:
             new(groups, n) if softcap else new(0),
             new(samples, dtype=torch.int64),
             new(samples),
-            new(n, dtype=torch.int64),
             new(samples, -(-v // LEVEL_COLUMNS) * LEVEL_COLUMNS, dtype=torch.uint8),
             new(blocks, candidate_capacity(n, v, eps), 2, dtype=torch.int32),
             new(blocks, dtype=torch.int32),

@@ -89,28 +89,26 @@ def dropped_estimate(z: Tensor, bound: Tensor, eps: float, step: float) -> Tenso
 
 
 def draw_rows(share: Tensor, valid: Tensor, size: int) -> Sample:
-    """So many rows at equal steps of the cumulated share of those that are valid, each counting the
-    inverse of its own as often as it is drawn; all of them, if there are no more than that. Slots
-    that no row has count nothing.
+    """So many rows at equal steps of the cumulated share of those that are valid: a row's first slot
+    counts the inverse of its share as often as it is drawn, its others nothing. All of them, if there
+    are no more than that, and slots that nobody has and that count nothing.
 
     Shapes: share (N,), valid (N,) bool. The steps are counted in integers, so that the result does
     not depend on the order of a parallel sum.
     """
     order = valid.nonzero()[:, 0]
-    rows, weight = order.new_zeros(size), share.new_zeros(size)
     if len(order) <= size:
-        drawn, counts = order, torch.ones_like(share[order])
-    else:
-        end = (share[order].double() * _SHARE_STEPS).long().cumsum(0)
-        step = end[-1] // size
-        at = step // 2 + step * torch.arange(size, device=share.device)
-        places = torch.searchsorted(end, at, right=True)
-        places, times = torch.unique_consecutive(places, return_counts=True)
-        drawn = order[places]
-        counts = times / share[drawn]
-    if len(drawn):
-        rows[:] = drawn[-1]
-    rows[: len(drawn)], weight[: len(drawn)] = drawn, counts
+        rows, weight = order.new_zeros(size), share.new_zeros(size)
+        rows[: len(order)], weight[: len(order)] = order, 1
+        rows[len(order) :] = order[-1] if len(order) else 0
+        return Sample(rows, weight)
+    end = (share[order].double() * _SHARE_STEPS).long().cumsum(0)
+    step = end[-1] // size
+    at = step // 2 + step * torch.arange(size, device=share.device)
+    rows = order[torch.searchsorted(end, at, right=True)]
+    drawn, times = torch.unique_consecutive(rows, return_counts=True)
+    weight = share.new_zeros(size)
+    weight[times.cumsum(0) - times] = times / share[drawn]
     return Sample(rows, weight)
 
 
@@ -126,14 +124,18 @@ def level_logits(written: Tensor, bound: Tensor) -> Tensor:
     return torch.where(written == 0, -torch.inf, z)
 
 
-def classify(e: Tensor, u: Tensor | None, rows: Tensor) -> Tensor:
-    """The class (N,) of each row: the nearest, by dot product, of `CLASSES` anchors among the
-    sampled rows.
+def anchors(valid: Tensor) -> Tensor:
+    """A row (CLASSES,) for each class: those that are valid, at equal distances. valid (N,) bool."""
+    order = valid.nonzero()[:, 0]
+    steps = torch.arange(CLASSES, device=valid.device)
+    return order[steps * len(order) // CLASSES] if len(order) else torch.zeros_like(steps)
 
-    Shapes: e (N, D), u (N, R) or None, rows (S,).
+
+def classify(e: Tensor, u: Tensor | None, anchors: Tensor) -> Tensor:
+    """The class (N,) of each row: the anchor that is nearest, by dot product.
+
+    Shapes: e (N, D), u (N, R) or None, anchors (CLASSES,): row numbers.
     """
-    step = max(1, rows.shape[0] // CLASSES)
-    anchors = rows[: step * CLASSES : step]
     score = wide_mm(e, e[anchors].T)
     if u is not None:
         score = score + wide_mm(u, u[anchors].T)

@@ -38,7 +38,8 @@ STABLE_TORCH_LIBRARY(cce, m) {
       "Tensor row_order, Tensor row_count) -> Tensor");
   m.def(
       "row_bounds(Tensor products, Tensor? bias, Tensor counts, Tensor target_logit, int strided, "
-      "int vocab, float eps, float softcap, float logit_scale) -> (Tensor bound2, Tensor share)");
+      "int vocab, float eps, float softcap, float logit_scale) -> (Tensor bound2, Tensor share, "
+      "Tensor classes)");
   // draw_rows: by position, bound and place in the sample; the sampled rows, and what each stands for.
   m.def(
       "draw_rows(Tensor share, Tensor bound2, Tensor row_order, Tensor row_count, int samples) -> "
@@ -50,11 +51,12 @@ STABLE_TORCH_LIBRARY(cce, m) {
       "Tensor target_logit, Tensor starts, float eps, int capacity, int samples) -> (Tensor nll, "
       "Tensor lse, Tensor logit_sum, Tensor max_logit, Tensor argmax, Tensor entropy, "
       "Tensor max_sum, Tensor capped, Tensor pool, Tensor counts, Tensor levels)");
-  // bound_columns: ids and whether each counts. select_kept: kept entries with keys to sort them by, and the hot ids.
+  // bound_columns: ids and whether each counts, and rows to tell classes by. select_kept: kept entries with keys to sort them by, and the hot ids.
   // sort_kept: entries sorted by row and by id, and what the others weigh; the unsorted ones are lost.
   m.def(
       "bound_columns(Tensor targets, Tensor row_order, Tensor row_count, int shard_size, "
-      "int vocab_start, int strided, int sampled, int distinct) -> (Tensor ids, Tensor counts)");
+      "int vocab_start, int strided, int sampled, int distinct) -> (Tensor ids, Tensor counts, "
+      "Tensor anchors)");
   m.def(
       "select_kept(Tensor pool, Tensor counts, Tensor row_order, Tensor row_count, "
       "Tensor target_logit, Tensor bound2, Tensor lse, Tensor targets, float eps, "

@@ -4,6 +4,7 @@
 #include <cmath>
 
 #include "cuda/sparse/lists.h"
+#include "cuda/sparse/tail.h"
 #include "torch/cuda_call.h"
 
 namespace cce::torch_api {
@@ -27,14 +28,16 @@ Tensor target_logits_cuda(Tensor e, Tensor c, Tensor targets, std::optional<Tens
   return gather_target_logits(in, Order(row_order, row_count), fp32_bias(in.bias), stream_of(e));
 }
 
-std::tuple<Tensor, Tensor> bound_columns_cuda(Tensor targets, Tensor row_order, Tensor row_count,
-                                              int64_t shard_size, int64_t vocab_start,
-                                              int64_t strided, int64_t sampled, int64_t distinct) {
+std::tuple<Tensor, Tensor, Tensor> bound_columns_cuda(Tensor targets, Tensor row_order,
+                                                      Tensor row_count, int64_t shard_size,
+                                                      int64_t vocab_start, int64_t strided,
+                                                      int64_t sampled, int64_t distinct) {
   const Guard guard(targets.get_device_index());
   STD_TORCH_CHECK(distinct <= sampled,
                   "there are as many distinct targets as sampled ones at most");
   Tensor ids = empty(targets, {strided + distinct}, ScalarType::Long);
   Tensor counts = empty(targets, {strided + distinct}, ScalarType::Byte);
+  Tensor anchors = empty(targets, {cuda::kTailClasses}, ScalarType::Long);
   cuda::BoundColumnsParams p;
   p.targets = i64(targets, "targets");
   p.order = Order(row_order, row_count).view();
@@ -43,24 +46,29 @@ std::tuple<Tensor, Tensor> bound_columns_cuda(Tensor targets, Tensor row_order, 
   p.strided = static_cast<int>(strided);
   p.sampled = static_cast<int>(sampled);
   p.distinct = static_cast<int>(distinct);
+  p.classes = cuda::kTailClasses;
   p.ids = i64(ids, "ids");
   p.counts = u8(counts, "counts");
+  p.anchors = i64(anchors, "anchors");
   check_cuda(cuda::bound_columns(p, stream_of(targets)), "bound_columns");
-  return {ids, counts};
+  return {ids, counts, anchors};
 }
 
-std::tuple<Tensor, Tensor> row_bounds_cuda(Tensor products, std::optional<Tensor> bias,
-                                           Tensor counts, Tensor target_logit, int64_t strided,
-                                           int64_t vocab, double eps, double softcap,
-                                           double logit_scale) {
+std::tuple<Tensor, Tensor, Tensor> row_bounds_cuda(Tensor products, std::optional<Tensor> bias,
+                                                   Tensor counts, Tensor target_logit,
+                                                   int64_t strided, int64_t vocab, double eps,
+                                                   double softcap, double logit_scale) {
   const Guard guard(products.get_device_index());
+  STD_TORCH_CHECK(products.size(1) == counts.size(0) + cuda::kTailClasses,
+                  "products must have a column for each of counts and for each class");
   cuda::BoundParams p;
   p.products = f32(products, "products");
   p.bias = fp32_vector(bias, "bias");
   p.counts = u8(counts, "counts");
   p.target_logit = f32(target_logit, "target_logit");
   p.rows = products.size(0);
-  p.columns = static_cast<int>(products.size(1));
+  p.columns = static_cast<int>(counts.size(0));
+  p.classes = cuda::kTailClasses;
   p.strided = static_cast<int>(strided);
   p.vocab = vocab;
   p.options.softcap = softcap;
@@ -70,8 +78,10 @@ std::tuple<Tensor, Tensor> row_bounds_cuda(Tensor products, std::optional<Tensor
   const Tensor share = empty(products, {p.rows}, ScalarType::Float);
   p.bound2 = floats(bound2);
   p.share = floats(share);
+  const Tensor classes = empty(products, {p.rows}, ScalarType::Long);
+  p.row_class = i64(classes, "classes");
   check_cuda(cuda::row_bounds(p, stream_of(products)), "row_bounds");
-  return {bound2, share};
+  return {bound2, share, classes};
 }
 
 std::tuple<Tensor, Tensor, Tensor> draw_rows_cuda(Tensor share, Tensor bound2, Tensor row_order,
@@ -86,9 +96,11 @@ std::tuple<Tensor, Tensor, Tensor> draw_rows_cuda(Tensor share, Tensor bound2, T
   const Tensor starts = empty_records<cuda::RowStart>(share, p.n);
   const Tensor rows = empty(share, {samples}, ScalarType::Long);
   const Tensor draws = empty(share, {samples}, ScalarType::Float);
+  const Tensor steps = empty(share, {cuda::kDrawBlocks}, ScalarType::Long);
   p.starts = static_cast<cuda::RowStart*>(starts.mutable_data_ptr());
   p.rows = i64(rows, "rows");
   p.draws = f32(draws, "draws");
+  p.steps = i64(steps, "steps");
   check_cuda(cuda::draw_rows(p, stream_of(share)), "draw_rows");
   return {starts, rows, draws};
 }

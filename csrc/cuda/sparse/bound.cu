@@ -1,5 +1,5 @@
-// A lower bound of each row's lse from a few thousand of its logits, and about what the row will drop. One warp a row, no
-// shared memory.
+// A lower bound of each row's lse from a thousand of its logits, about what the row will drop, and its class. One warp a row,
+// no shared memory.
 #include "cuda/common/epilogue.cuh"
 #include "cuda/common/warp.cuh"
 #include "cuda/sparse/lists.h"
@@ -105,7 +105,7 @@ __device__ float least_mass(const Estimate& strided, const RowState& sampled, fl
 __global__ void __launch_bounds__(kThreads) bound_kernel(const __grid_constant__ BoundParams p) {
   const int64_t row = static_cast<int64_t>(blockIdx.x) * (kThreads / 32) + threadIdx.x / 32;
   if (row >= p.rows) return;
-  const float* products = p.products + row * p.columns;
+  const float* products = p.products + row * (p.columns + p.classes);
   const float stride = static_cast<float>(p.vocab) / static_cast<float>(p.strided);
   float strided[kPerLane];
   load_logits(p, products, 0, p.strided, strided);
@@ -119,16 +119,21 @@ __global__ void __launch_bounds__(kThreads) bound_kernel(const __grid_constant__
     dropped += fmaxf(fminf(w, p.eps - w), 0.0f);
   }
   dropped = warp_sum(dropped) * stride;
-  if (threadIdx.x % 32 != 0) return;
+  const int lane = threadIdx.x % 32;
+  const bool scores = lane < p.classes;
+  const float score = scores ? products[p.columns + lane] : -INFINITY, top = warp_max(score);
+  const uint32_t best = __ballot_sync(~0u, scores && score == top);
+  if (lane != 0) return;
   p.bound2[row] = bound;
   p.share[row] = fminf(fmaxf(dropped, kLeastShare), 1.0f);
+  p.row_class[row] = max(__ffs(best) - 1, 0);  // there is none where all are NaN
 }
 
 }  // namespace
 
 cudaError_t row_bounds(const BoundParams& params, cudaStream_t stream) {
   if (params.rows == 0) return cudaSuccess;
-  if (params.strided > kMaxStrided) return cudaErrorInvalidValue;
+  if (params.strided > kMaxStrided || params.classes > 32) return cudaErrorInvalidValue;
   const int blocks = static_cast<int>((params.rows + kThreads / 32 - 1) / (kThreads / 32));
   bound_kernel<<<blocks, kThreads, 0, stream>>>(params);
   return cudaGetLastError();

@@ -15,18 +15,21 @@ namespace cce::cuda {
 constexpr int kMaxStrided = 512;
 
 struct BoundParams {
-  const float* products = nullptr;      // (rows, columns): raw products of the sampled columns
+  const float* products =
+      nullptr;  // (rows, columns + classes): raw products with the sampled columns and the anchors
   const float* bias = nullptr;          // (columns,) or null
   const uint8_t* counts = nullptr;      // (columns,): 0 for columns that are there twice
   const float* target_logit = nullptr;  // (rows,)
   int64_t rows = 0;
-  int columns = 0;
+  int columns = 0, classes = 0;
   int strided = 0;  // the first ones lie at equal distances in the vocabulary
   int64_t vocab = 0;
   core::LossOptions options;
   float eps = 0.0f;         // the threshold
   float* bound2 = nullptr;  // (rows,), base 2
   float* share = nullptr;   // (rows,): about what the row will drop, from kLeastShare to 1
+  int64_t* row_class =
+      nullptr;  // (rows,): the anchor with the largest product, the first of equal ones
 };
 
 // No row is thought to drop less: what a row weighs in the sample is the inverse.
@@ -39,16 +42,21 @@ struct BoundColumnsParams {
   int strided = 0;                     // columns at equal distances
   int sampled = 0;         // targets of rows at equal distances that are looked at, 1024 at most
   int distinct = 0;        // of their ids as many as there is room for
+  int classes = 0;         // as many anchors
   int64_t* ids = nullptr;  // (strided + distinct,)
   uint8_t* counts =
       nullptr;  // likewise: 0 for strided ids that are there as targets, and where there is no target
+  int64_t* anchors = nullptr;  // (classes,): rows at equal distances; 0 if none count
 };
 
-// The columns whose logits bound the lse from below.
+// The columns whose logits bound the lse from below, and the rows that tell the classes of tails.
 cudaError_t bound_columns(const BoundColumnsParams& params, cudaStream_t stream);
 
-// A lower bound of each row's lse, from above by at most a factor for odd rows; see cce_ext/sparse/reference.py.
+// A lower bound of each row's lse, from above by at most a factor for odd rows; see cce_ext/sparse/reference.py. And its class.
 cudaError_t row_bounds(const BoundParams& params, cudaStream_t stream);
+
+// What blocks have in their stretches goes through as many numbers.
+constexpr int kDrawBlocks = 64;
 
 struct DrawRowsParams {
   const float* share = nullptr;   // (N,) by row
@@ -56,10 +64,11 @@ struct DrawRowsParams {
   RowOrder order;
   int64_t n = 0;
   int samples = 0;
+  int64_t* steps = nullptr;    // (kDrawBlocks,): workspace
   RowStart* starts = nullptr;  // (N,) by position
   int64_t* rows = nullptr;     // (samples,): a row for each slot, ascending
-  float* draws =
-      nullptr;  // (samples,): how often it was drawn, over its share; 0: nobody has the slot
+  // (samples,): how often it was drawn, over its share; 0 in its further slots, and in those that nobody has
+  float* draws = nullptr;
 };
 
 // The rows whose tails stand for all: at equal steps of the cumulated share of those that count; all, if they are few.

@@ -8,8 +8,8 @@
 #include <cub/block/block_reduce.cuh>
 #include <cub/block/block_scan.cuh>
 
-#include "cuda/device_info.h"
 #include "cuda/sparse/lists.h"
+#include "cuda/sparse/together.cuh"
 
 namespace cce::cuda {
 namespace {
@@ -80,6 +80,8 @@ __global__ void __launch_bounds__(kBlock)
     p.ids[c] = strided;
     p.counts[c] = !target;
   }
+  const int64_t count = *p.order.count;
+  if (i < p.classes) p.anchors[i] = count == 0 ? 0 : p.order.rows[i * count / p.classes];
 }
 
 // Where the row blocks' entries start; blocks beyond the lists' capacity go the exact way, as all after the first do, and
@@ -273,7 +275,7 @@ int blocks_for(int64_t threads) { return static_cast<int>((threads + kThreads - 
 }  // namespace
 
 cudaError_t bound_columns(const BoundColumnsParams& params, cudaStream_t stream) {
-  if (params.sampled > kBlock) return cudaErrorInvalidValue;
+  if (params.sampled > kBlock || params.classes > kBlock) return cudaErrorInvalidValue;
   bound_columns_kernel<<<1, kBlock, 0, stream>>>(params);
   return cudaGetLastError();
 }
@@ -285,11 +287,7 @@ cudaError_t place_kept(const PlaceParams& params, cudaStream_t stream) {
 
 cudaError_t hot_ids(const HotIdsParams& params, cudaStream_t stream) {
   if (params.hot > params.vocab || params.n >= int64_t{1} << 24) return cudaErrorInvalidValue;
-  // All blocks must be on the device at once.
-  const int blocks = std::min(kHotBlocks, current_device().multiprocessors);
-  void* arguments[] = {const_cast<HotIdsParams*>(&params)};
-  return cudaLaunchCooperativeKernel(reinterpret_cast<const void*>(hot_ids_kernel), dim3(blocks),
-                                     dim3(kBlock), arguments, 0, stream);
+  return launch_together(hot_ids_kernel, params, kHotBlocks, kHotBlocks, kBlock, stream);
 }
 
 cudaError_t column_starts(const int32_t* sorted_ids, int64_t capacity, int64_t vocab,

@@ -2,15 +2,14 @@
 // Sums are made in a fixed order.
 #include <cooperative_groups.h>
 
-#include <algorithm>
 #include <cfloat>
 #include <cub/block/block_reduce.cuh>
 #include <cub/block/block_scan.cuh>
 
 #include "cuda/common/warp.cuh"
-#include "cuda/device_info.h"
 #include "cuda/sparse/lists.h"
 #include "cuda/sparse/tail.h"
+#include "cuda/sparse/together.cuh"
 
 namespace cce::cuda {
 namespace {
@@ -144,13 +143,8 @@ cudaError_t backward_shares(const BackwardRowsParams& params, cudaStream_t strea
 
 cudaError_t backward_rows(const BackwardRowsParams& params, cudaStream_t stream) {
   if (params.n > INT32_MAX) return cudaErrorInvalidValue;  // numbers of rows are 32-bit
-  // All blocks must be on the device at once; one is there for no rows, too.
   const int64_t tiles = (params.n + kListThreads - 1) / kListThreads;
-  const int most = std::min(kRowsBlocks, current_device().multiprocessors);
-  const auto blocks = static_cast<int>(std::clamp<int64_t>(tiles, 1, most));
-  void* arguments[] = {const_cast<BackwardRowsParams*>(&params)};
-  return cudaLaunchCooperativeKernel(reinterpret_cast<const void*>(list_kernel), dim3(blocks),
-                                     dim3(kListThreads), arguments, 0, stream);
+  return launch_together(list_kernel, params, tiles, kRowsBlocks, kListThreads, stream);
 }
 
 }  // namespace cce::cuda
