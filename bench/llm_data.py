@@ -8,11 +8,15 @@ than the frequencies). `describe` measures what came out.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
 _ALTERNATIVES = 64
 _STEEPNESS = 1.5
+# About the largest logits without a softcap.
+_LARGEST = 20.0
 # kind of row -> share, boost of the target's logit, boosts of the alternatives (low, high)
 _KINDS = {
     "sharp": (0.50, 13.0, (2.0, 6.0)),
@@ -22,9 +26,19 @@ _KINDS = {
 
 
 def llm_like(
-    n: int, v: int, d: int, dtype: torch.dtype, device: str | torch.device, seed: int = 0
+    n: int,
+    v: int,
+    d: int,
+    dtype: torch.dtype,
+    device: str | torch.device,
+    seed: int = 0,
+    softcap: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """e (N, D), c (V, D) and targets (N,) int64."""
+    """e (N, D), c (V, D) and targets (N,) int64.
+
+    softcap: of the model, 0 for none. One that was trained under a cap has learned logits as much
+    larger as the cap takes away: capped, they are as sharp as another model's.
+    """
     g = torch.Generator(device).manual_seed(seed)
     frequency = 1 / (torch.arange(v, device=device) + 8.0)
     frequency /= frequency.sum()
@@ -39,6 +53,7 @@ def llm_like(
         part -= (part @ common)[:, None] * common
         c[first : first + 16384] = (part + prior[first : first + 16384, None] * common).to(dtype)
 
+    sharpness = _sharpness(softcap)
     e = torch.empty(n, d, device=device, dtype=dtype)
     targets = torch.multinomial(frequency, n, replacement=True, generator=g)
     kind = torch.rand(n, device=device, generator=g)
@@ -57,15 +72,25 @@ def llm_like(
             mix = torch.bmm(weights[:, None], c[ids].float())[:, 0]
             # Of the chosen rows only what is their own; their frequency is everybody's already.
             mix -= (mix @ common)[:, None] * common
-            e[part] = (mix + strength * common).to(dtype)
+            e[part] = ((mix + strength * common) * sharpness).to(dtype)
     return e, c, targets
 
 
-def describe(e: Tensor, c: Tensor, targets: Tensor, rows: int = 256) -> dict[str, float]:
+def _sharpness(softcap: float) -> float:
+    """What the logits are multiplied by, so that the largest stay what they are."""
+    if softcap <= _LARGEST:
+        return 1.0
+    return softcap * math.atanh(_LARGEST / softcap) / _LARGEST
+
+
+def describe(
+    e: Tensor, c: Tensor, targets: Tensor, rows: int = 256, softcap: float = 0.0
+) -> dict[str, float]:
     """Mean over some rows: entries with p ≥ 2⁻¹² and 2⁻¹³, the largest p, and the loss; also T, the
     mass below 2⁻¹³."""
     e, targets = e[:rows], targets[:rows]
-    p = torch.softmax(e.float() @ c.float().T, -1)
+    logits = e.float() @ c.float().T
+    p = torch.softmax(softcap * torch.tanh(logits / softcap) if softcap else logits, -1)
     own = p.gather(1, targets[:, None])[:, 0]
     return {
         "above 2^-12": (p >= 2.0**-12).sum(1).float().mean().item(),

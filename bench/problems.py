@@ -89,8 +89,9 @@ def random_inputs(
 def make_problem(config: Config, device: str | torch.device, seed: int = 0) -> Problem:
     """Inputs of a configuration, the same for the same seed and device type."""
     dtype = DTYPES[config.dtype]
-    make = llm_like if config.data == "llm" else random_inputs
-    e, c, targets = make(config.n, config.v, config.d, dtype, device, seed)
+    shape = (config.n, config.v, config.d, dtype, device, seed)
+    llm = config.data == "llm"
+    e, c, targets = llm_like(*shape, config.softcap) if llm else random_inputs(*shape)
     softcap = config.softcap or None
     if not config.rank:
         return Problem(e.requires_grad_(), c.requires_grad_(), targets, softcap=softcap)

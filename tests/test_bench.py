@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from bench import sparse_gradients
-from bench.llm_data import llm_like
+from bench.llm_data import describe, llm_like
 from bench.timing import KINDS
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -116,6 +116,15 @@ def test_quick_training_curves(tmp_path: Path) -> None:
     assert facts["gaps"]["exact"] == [0.0]
     # The default's gradient is another one, and hardly worse.
     assert 0 < abs(facts["gaps"]["default"][0]) <= 0.003
+
+
+def test_capped_data_are_as_sharp_as_others() -> None:
+    shape = (256, 20000, 256, torch.float32, "cpu")
+    plain = describe(*llm_like(*shape))
+    capped = describe(*llm_like(*shape, softcap=30.0), softcap=30.0)
+    for key in ("T", "loss", "above 2^-13"):
+        assert capped[key] == pytest.approx(plain[key], rel=0.25), key
+    assert describe(*llm_like(*shape), softcap=30.0)["T"] > 1.5 * plain["T"]
 
 
 def test_accuracy_of_gradients(
