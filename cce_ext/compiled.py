@@ -8,10 +8,8 @@ from collections.abc import Callable
 
 import torch
 
-from cce_ext.reference import statistics
-
 
 @functools.cache
-def compiled_statistics() -> Callable[..., tuple]:
-    """torch.compile of :func:`cce_ext.reference.statistics`, compiled at its first call."""
-    return torch.compile(statistics)
+def compiled(formula: Callable) -> Callable:
+    """torch.compile of a formula of :mod:`cce_ext.reference`, compiled at its first call."""
+    return torch.compile(formula)

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cce_ext import checks, eager, info, triton
-from cce_ext.compiled import compiled_statistics
+from cce_ext import checks, eager
+from cce_ext.compiled import compiled
 from cce_ext.constants import IGNORE_INDEX
 from cce_ext.diagnostics import record
 from cce_ext.distributed.agreement import agree
@@ -20,6 +19,7 @@ from cce_ext.distributed.vocab_parallel import (
     reduce_gradient,
     shard_kernels,
     sharded_loss,
+    stored_loss,
 )
 from cce_ext.dora import apply_magnitude
 from cce_ext.heads import Adapter, Head, low_rank_update, resolve_head
@@ -29,13 +29,15 @@ from cce_ext.options import (
     implementation_name,
     resolve_filter,
 )
-from cce_ext.reference import RowStatistics, finish_logits, statistics, statistics_of_logits
+from cce_ext.paths import STORES_LOGITS, choose_pair, compute_dtype
+from cce_ext.reference import (
+    RowStatistics,
+    finish_logits,
+    shard_statistics,
+    statistics,
+    statistics_of_logits,
+)
 from cce_ext.sparse.op import refusal
-
-_COMPILED_DTYPES = {
-    "cpu": (torch.float64, torch.float32, torch.bfloat16, torch.float16),
-    "cuda": (torch.bfloat16, torch.float16),
-}
 
 
 class TokenMetrics(NamedTuple):
@@ -150,7 +152,7 @@ def linear_cross_entropy(
         checks.check_dtypes(e, weight)
     shift = checks.check_shift(shift, targets)
     if vocab_parallel_options is not None:
-        _check_parallel(vocab_parallel_options, weight, name, head, return_metrics)
+        _check_parallel(vocab_parallel_options, weight, head, return_metrics)
     elif not head.fallback:  # a called module's logits tell its vocabulary
         checks.check_target_range(targets, weight.shape[0], ignore_index)
     if head.magnitude is not None:
@@ -162,7 +164,7 @@ def linear_cross_entropy(
         targets = F.pad(targets[..., shift:], (0, shift), value=ignore_index)
     flat_targets = targets.reshape(-1)
     flat_e = e.reshape(flat_targets.shape[0], e.shape[-1])
-    resolved = resolve_filter(name, filter_eps, filter_e_grad, filter_c_grad, _compute_dtype(e))
+    resolved = resolve_filter(name, filter_eps, filter_e_grad, filter_c_grad, compute_dtype(e))
     facts = dict(
         device=str(e.device),
         dtype=str(e.dtype),
@@ -222,67 +224,6 @@ def _head(
     return head._replace(adapters=(*head.adapters, Adapter(lora_a, lora_b, scale)))
 
 
-# The answer never changes within a process: torch.compile may ask while it traces and keep it.
-@torch.compiler.assume_constant_result
-def _compiled_reason(device: torch.device, dtype: torch.dtype) -> str:
-    """Why the compiled ops cannot take these tensors, or ''; asked once a device and dtype."""
-    return _find_reason(device, dtype)
-
-
-@functools.lru_cache(maxsize=64)
-def _find_reason(device: torch.device, dtype: torch.dtype) -> str:
-    """What :func:`_compiled_reason` answers.
-
-    Raises:
-        RuntimeError: CUDA tensors, and the compiled library has no CUDA kernels at all.
-    """
-    if device.type not in _COMPILED_DTYPES:
-        return f"no compiled kernels for {device.type} tensors"
-    if device.type == "cuda":
-        table = info.backends()
-        if not any(backend.compiled for backend in table if backend.name.startswith("sm")):
-            reasons = "\n".join(f"  {b.name}: {b.reason}" for b in table if b.reason)
-            raise RuntimeError(
-                f"e is on {device}, and this installation of cce_ext has no CUDA kernels:\n{reasons}\n"
-                "Reinstall it where nvcc is found (CUDA_HOME names a toolkit), move the tensors to the "
-                'CPU, or use impl="torch_compile".'
-            )
-        major, minor = torch.cuda.get_device_capability(device)
-        if major < 8:
-            return f"compiled kernels need compute capability 8.0 (Ampere), {device} has {major}.{minor}"
-    if dtype not in _COMPILED_DTYPES[device.type]:
-        return f"no compiled {device.type} kernels for {dtype}"
-    return ""
-
-
-@torch.compiler.assume_constant_result
-def _triton_reason(device: torch.device) -> str:
-    """Why Triton cannot take tensors of this device, or ''."""
-    return triton.unavailable_reason(device)
-
-
-def _compute_dtype(e: Tensor) -> torch.dtype:
-    """The dtype that the op will see, which autocast may change."""
-    device = e.device.type
-    if e.dtype != torch.float64 and torch.is_autocast_enabled(device):
-        return torch.get_autocast_dtype(device)
-    return e.dtype
-
-
-def _pair(name: str, e: Tensor) -> tuple[str, str]:
-    """The implementation pair that serves a call, and why it is not the compiled one ('' where it
-    is)."""
-    if name == "triton":
-        reason = _triton_reason(e.device)
-        if reason:
-            raise RuntimeError(
-                f'impl="triton" cannot run: {reason}. Or use impl="cce_exact", the compiled kernels'
-            )
-        return "triton_ce", ""
-    reason = _compiled_reason(e.device, _compute_dtype(e))
-    return ("blocked_ce", reason) if reason else ("linear_ce", "")
-
-
 def _rows(
     name: str,
     e: Tensor,
@@ -299,11 +240,11 @@ def _rows(
         checks.check_target_range(targets, z.shape[-1], options.ignore_index)
         return statistics_of_logits(z, targets, options, metrics)
     u, b = low_rank_update(e, head.adapters)
-    if name in ("reference", "torch_compile"):
-        record(path=name, reason=f"impl={name!r} stores the logits", **facts)
-        run = statistics if name == "reference" else compiled_statistics()
+    if name in STORES_LOGITS:
+        record(path=name, reason=STORES_LOGITS[name], **facts)
+        run = statistics if name == "reference" else compiled(statistics)
         return run(e, head.weight, targets, head.bias, u, b, options, metrics)
-    pair, reason = _pair(name, e)
+    pair, reason = choose_pair(name, e)
     inputs = (e, head.weight, targets, head.bias, u, b)
     if pair == "linear_ce" and e.device.type == "cuda" and eager.differentiates(inputs):
         exact = refusal(head.weight, e.shape[0], options, facts["filter"].eps)
@@ -319,16 +260,12 @@ def _rows(
 
 
 def _check_parallel(
-    parallel: VocabParallelOptions, weight: Tensor, name: str, head: Head, metrics: bool
+    parallel: VocabParallelOptions, weight: Tensor, head: Head, metrics: bool
 ) -> None:
     if weight.shape[0] != parallel.stop - parallel.start:
         raise ValueError(
             f"c must hold vocab_parallel_options' rows, {parallel.stop - parallel.start} of them "
             f"([{parallel.start}, {parallel.stop})); got {weight.shape[0]}"
-        )
-    if name in ("reference", "torch_compile"):
-        raise ValueError(
-            f"impl={name!r} does not take vocab_parallel_options; use one of the cce implementations"
         )
     if head.fallback or head.magnitude is not None:
         reason = head.fallback or "it is a DoRA layer"
@@ -348,7 +285,9 @@ def _parallel_rows(
     facts: dict[str, Any],
 ) -> RowStatistics:
     """nll and lse over all shards. A is replicated, B sharded like c."""
-    pair, reason = _pair(name, e)  # first: what cannot run must not keep the other ranks waiting
+    stores = name in STORES_LOGITS
+    # First: what cannot run must not keep the other ranks waiting.
+    pair, reason = ("", STORES_LOGITS[name]) if stores else choose_pair(name, e)
     if parallel.check and not torch.compiler.is_compiling():
         eps = facts["filter"].eps
         total = agree(parallel, options, eps, reduction, e, head, targets)
@@ -362,11 +301,18 @@ def _parallel_rows(
     adapters = tuple(a._replace(a=reduce_gradient(a.a, parallel)) for a in head.adapters)
     u, b = low_rank_update(e, adapters)
     inputs = (e, head.weight, targets, head.bias, u, b)
+    if stores:
+        record(path="vocab_parallel", reason=reason, **facts)
+        run = shard_statistics if name == "reference" else compiled(shard_statistics)
+        return _of_shards(*stored_loss(run, parallel, total, options, *inputs))
     kernels, exact = shard_kernels(pair, inputs, options, facts["filter"], total)
     if exact is not None:
         facts["exact"] = exact
     record(path="vocab_parallel", reason=reason, **facts)
-    nll, lse = sharded_loss(kernels, parallel, total, options, *inputs)
+    return _of_shards(*sharded_loss(kernels, parallel, total, options, *inputs))
+
+
+def _of_shards(nll: Tensor, lse: Tensor) -> RowStatistics:
     none = nll.new_empty(0)
     return RowStatistics(nll, lse, none, none, none, none, none)
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from cce_ext.options import LossOptions
+from cce_ext.utils import softcapping
 
 
 class RowStatistics(NamedTuple):
@@ -51,7 +52,7 @@ def finish_logits(z: Tensor, options: LossOptions) -> Tensor:
     """logit_scale and softcap on raw products z, in float32 (float64 for float64)."""
     z = z.to(torch.float64 if z.dtype == torch.float64 else torch.float32) * options.logit_scale
     if options.softcap:
-        z = options.softcap * torch.tanh(z / options.softcap)
+        z = softcapping(z, options.softcap)
     return z
 
 
@@ -68,6 +69,31 @@ def statistics(
     """Everything about the rows, differentiable. Shapes: e (N, D), c (V, D), targets (N,), u (N,
     R), lora_b (V, R)."""
     return statistics_of_logits(logits(e, c, bias, u, lora_b, options), targets, options, metrics)
+
+
+def shard_statistics(
+    e: Tensor,
+    c: Tensor,
+    targets: Tensor,
+    bias: Tensor | None,
+    u: Tensor | None,
+    lora_b: Tensor | None,
+    options: LossOptions,
+    start: int,
+    total: int,
+) -> Tensor:
+    """(2, N): lse and target logit of ids start to start + V of a vocabulary of `total`, the latter 0
+    where another shard has the target; with label smoothing (3, N): the sum of the logits too."""
+    z = logits(e, c, bias, u, lora_b, options)
+    targets = targets.long()
+    here = (targets >= start) & (targets < start + z.shape[1])
+    # A column for rows whose target is elsewhere; no shard has a target that is not in the vocabulary.
+    slot = torch.where(here, targets - start, z.shape[1])
+    target_logit = torch.nn.functional.pad(z, (0, 1)).gather(1, slot[:, None])[:, 0]
+    known = (targets >= 0) & (targets < total) | (targets == options.ignore_index)
+    target_logit = torch.where(known, target_logit, torch.nan)
+    sums = [z.sum(-1)] if options.label_smoothing else []
+    return torch.stack([torch.logsumexp(z, -1), target_logit, *sums])
 
 
 def statistics_of_logits(

@@ -1,4 +1,4 @@
-"""Small losses that go with the cross-entropy."""
+"""What goes with the cross-entropy: the cap of its logits, the z-loss."""
 
 from __future__ import annotations
 
@@ -7,6 +7,12 @@ from torch import Tensor
 
 from cce_ext.checks import check_reduction
 from cce_ext.constants import IGNORE_INDEX
+
+
+def softcapping(logits: Tensor, softcap: float) -> Tensor:
+    """softcap * tanh(logits / softcap): what the loss's option of that name does to its logits, for
+    those who need the logits themselves. Any shape and floating dtype."""
+    return softcap * torch.tanh(logits / softcap)
 
 
 def compute_z_loss(

@@ -11,8 +11,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import cce_ext
-from cce_ext import LinearCrossEntropy, LinearCrossEntropyImpl, compute_z_loss, linear_cross_entropy
-from cce_ext import functional as functional_module
+from cce_ext import (
+    LinearCrossEntropy,
+    LinearCrossEntropyImpl,
+    compute_z_loss,
+    linear_cross_entropy,
+    paths,
+)
 
 N, V, D, R = 6, 11, 5, 3
 
@@ -321,36 +326,36 @@ class TestDevices:
 
     @pytest.fixture(autouse=True)
     def fresh(self) -> Any:
-        functional_module._find_reason.cache_clear()
+        paths._find_reason.cache_clear()
         yield
-        functional_module._find_reason.cache_clear()
+        paths._find_reason.cache_clear()
 
     def test_cuda_tensors_in_a_cpu_build(self, monkeypatch: pytest.MonkeyPatch) -> None:
         table = [
             cce_ext.Backend("cpu", True, True, ""),
             cce_ext.Backend("sm80", False, False, "sm80 kernels are not compiled in"),
         ]
-        monkeypatch.setattr(functional_module.info, "backends", lambda: table)
+        monkeypatch.setattr(paths.info, "backends", lambda: table)
         with pytest.raises(
             RuntimeError, match="(?s)no CUDA kernels.*sm80 kernels are not.*Reinstall"
         ):
-            functional_module._find_reason(torch.device("cuda", 0), torch.bfloat16)
+            paths._find_reason(torch.device("cuda", 0), torch.bfloat16)
 
     def test_gpus_older_than_ampere_take_the_blocked_path(
         self, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         table = [cce_ext.Backend("sm80", True, True, "")]
-        monkeypatch.setattr(functional_module.info, "backends", lambda: table)
+        monkeypatch.setattr(paths.info, "backends", lambda: table)
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
-        reason = functional_module._find_reason(torch.device("cuda", 0), torch.float16)
+        reason = paths._find_reason(torch.device("cuda", 0), torch.float16)
         assert "compute capability 8.0" in reason
         assert "7.5" in reason
 
     def test_dtypes_without_kernels(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(
-            functional_module.info, "backends", lambda: [cce_ext.Backend("sm80", True, True, "")]
+            paths.info, "backends", lambda: [cce_ext.Backend("sm80", True, True, "")]
         )
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-        assert functional_module._find_reason(torch.device("cuda", 0), torch.bfloat16) == ""
-        assert "float32" in functional_module._find_reason(torch.device("cuda", 0), torch.float32)
-        assert "mps" in functional_module._find_reason(torch.device("mps"), torch.float32)
+        assert paths._find_reason(torch.device("cuda", 0), torch.bfloat16) == ""
+        assert "float32" in paths._find_reason(torch.device("cuda", 0), torch.float32)
+        assert "mps" in paths._find_reason(torch.device("mps"), torch.float32)

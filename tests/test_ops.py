@@ -93,9 +93,9 @@ def test_shards_combine_to_the_whole(name: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 def test_blocked_path(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """The path of devices without kernels, forced here, in blocks small enough to have several."""
-    from cce_ext import blocked, functional
+    from cce_ext import blocked, paths
 
-    monkeypatch.setattr(functional, "_compiled_reason", lambda device, dtype: "forced")
+    monkeypatch.setattr(paths, "_compiled_reason", lambda device, dtype: "forced")
     monkeypatch.setattr(blocked, "_ROWS", 5)
     monkeypatch.setattr(blocked, "_COLUMNS", 16)
     for smoothing, softcap, ignored in ((0.0, None, 0.0), (0.1, 3.0, 0.4), (0.1, None, 1.0)):

@@ -181,15 +181,9 @@ class _ShardedLoss(torch.autograd.Function):
         else:
             eps = kernels.filter.eps
             local, found = shard.collect_shard(inputs, ctx.options, eps, bounds)
-        smooth = options.label_smoothing
-        parts = [local.lse, local.target_logit] + ([local.logit_sum] if smooth else [])
-        ranks = _gather(torch.stack(parts), group)
-        lse = torch.logsumexp(ranks[:, 0], 0)
-        nll = lse - ranks[:, 1].sum(0)
-        if smooth:
-            nll = (1 - smooth) * nll + smooth * (lse - ranks[:, 2].sum(0) / vocab_total)
-        valid = targets != options.ignore_index
-        nll, lse = torch.where(valid, nll, 0), torch.where(valid, lse, 0)
+        sums = [local.logit_sum] if options.label_smoothing else []
+        ranks = _gather(torch.stack([local.lse, local.target_logit, *sums]), group)
+        nll, lse = _merge(ranks, targets, options, vocab_total)
         lists = ()
         if kernels.filter is not None:
             v = c.shape[0]
@@ -244,6 +238,20 @@ def _whole_bounds(
     return bounds._replace(bound2=torch.logsumexp(ranks, 0) / math.log(2))
 
 
+def _merge(
+    ranks: Tensor, targets: Tensor, options: LossOptions, vocab_total: int
+) -> tuple[Tensor, Tensor]:
+    """nll and lse (N,) over all shards, from what `reference.shard_statistics` says of each
+    (ranks, 2 or 3, N)."""
+    lse = torch.logsumexp(ranks[:, 0], 0)
+    nll = lse - ranks[:, 1].sum(0)
+    smooth = options.label_smoothing
+    if smooth:
+        nll = (1 - smooth) * nll + smooth * (lse - ranks[:, 2].sum(0) / vocab_total)
+    valid = targets != options.ignore_index
+    return torch.where(valid, nll, 0), torch.where(valid, lse, 0)
+
+
 def _gather(part: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     """Every rank's part (K, N), as (ranks, K, N).
 
@@ -280,3 +288,24 @@ def sharded_loss(
     call = (kernels, parallel.group, parallel.start, vocab_total, options)
     with torch.autocast(device, enabled=False):
         return _ShardedLoss.apply(*call, e, c, targets, bias, u, lora_b)
+
+
+def stored_loss(
+    statistics: Callable[..., Tensor],
+    parallel: VocabParallelOptions,
+    vocab_total: int,
+    options: LossOptions,
+    e: Tensor,
+    c: Tensor,
+    targets: Tensor,
+    bias: Tensor | None,
+    u: Tensor | None,
+    lora_b: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """The same with this rank's logits stored. statistics: `reference.shard_statistics`, or what
+    torch.compile makes of it."""
+    mine = statistics(e, c, targets, bias, u, lora_b, options, parallel.start, vocab_total)
+    ranks = _gather(mine.detach(), parallel.group)
+    # Of the other ranks nothing here has a gradient.
+    ranks[dist.get_rank(parallel.group)] = mine
+    return _merge(ranks, targets, options, vocab_total)
