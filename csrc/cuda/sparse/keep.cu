@@ -58,8 +58,7 @@ struct Entry {
   bool keep;
 };
 
-__device__ __forceinline__ Entry read_entry(const KeepParams& p, const Rows& rows, int64_t i) {
-  const uint2 raw = p.candidates.pool[blockIdx.x * p.candidates.capacity + i];
+__device__ __forceinline__ Entry make_entry(const KeepParams& p, const Rows& rows, uint2 raw) {
   Entry e;
   e.row = static_cast<int>(raw.x >> kCandidateIdBits);
   e.id = static_cast<int>(raw.x & ((1u << kCandidateIdBits) - 1));
@@ -67,6 +66,24 @@ __device__ __forceinline__ Entry read_entry(const KeepParams& p, const Rows& row
   e.keep =
       e.id != rows.target[e.row] && ptx::ex2(fmaf(e.logit, kLog2E, -rows.lse2[e.row])) >= p.eps;
   return e;
+}
+
+// Those of this thread's candidates that are kept; several are on their way at once.
+template <typename Visit>
+__device__ __forceinline__ void visit_kept(const KeepParams& p, const Rows& rows, int found,
+                                           Visit&& visit) {
+  constexpr int kInFlight = 4;
+  const uint2* pool = p.candidates.pool + blockIdx.x * p.candidates.capacity;
+  for (int first = first_candidate(); first < found; first += kInFlight * kCandidateStep) {
+    uint2 raw[kInFlight];
+#pragma unroll
+    for (int i = 0; i < kInFlight; ++i) raw[i] = pool[min(first + i * kCandidateStep, found - 1)];
+#pragma unroll
+    for (int i = 0; i < kInFlight; ++i) {
+      const Entry e = make_entry(p, rows, raw[i]);
+      if (first + i * kCandidateStep < found && e.keep) visit(e);
+    }
+  }
 }
 
 __global__ void __launch_bounds__(kThreads) count_kernel(const __grid_constant__ KeepParams p) {
@@ -79,12 +96,10 @@ __global__ void __launch_bounds__(kThreads) count_kernel(const __grid_constant__
   // Which ids are hot shows in a part of the rows too, at a part of the atomics.
   const bool voting = blockIdx.x % (gridDim.x < 4 * kVotingStep ? 1 : kVotingStep) == 0;
   if (!exact) {
-    for (int i = first_candidate(); i < found; i += kCandidateStep) {
-      const Entry e = read_entry(p, rows, i);
-      if (!e.keep) continue;
+    visit_kept(p, rows, found, [&](const Entry& e) {
       atomicAdd(of_row + e.row, 1);
       if (voting) atomicAdd(p.column_counts + e.id, 1);
-    }
+    });
     if (has_targets() && threadIdx.x < kRows && rows.target[threadIdx.x] >= 0) {
       atomicAdd(of_row + threadIdx.x, 1);
       if (voting) atomicAdd(p.column_counts + rows.target[threadIdx.x], 1);
@@ -129,11 +144,8 @@ __global__ void __launch_bounds__(kThreads) write_kernel(const __grid_constant__
     p.keys[at] = (p.slots[id] >= 0 ? 1 << p.id_bits : 0) | id;
     p.logits[at] = logit;
   };
-  const int found = p.candidates.counts[blockIdx.x];
-  for (int c = first_candidate(); c < found; c += kCandidateStep) {
-    const Entry e = read_entry(p, rows, c);
-    if (e.keep) write(e.row, e.id, e.logit);
-  }
+  visit_kept(p, rows, p.candidates.counts[blockIdx.x],
+             [&](const Entry& e) { write(e.row, e.id, e.logit); });
   if (has_targets() && i < kRows && rows.target[i] >= 0)
     write(i, rows.target[i], rows.target_logit[i]);
 }
