@@ -20,8 +20,8 @@ cudaError_t run(ExactRowsParams p, cudaStream_t stream) {
 
 template <typename T>
 cudaError_t choose(const ExactRowsParams& p, cudaStream_t stream) {
-  return runs_here<Large>(backward_shared_bytes<Large>() + 1024) ? run<T, Large>(p, stream)
-                                                                 : run<T, Small>(p, stream);
+  const bool large = current_device().shared_bytes >= backward_shared_bytes<Large>() + 1024;
+  return large ? run<T, Large>(p, stream) : run<T, Small>(p, stream);
 }
 
 }  // namespace
