@@ -100,7 +100,8 @@ def test_sharded_equals_whole(world: int, uneven: bool, tmp_path: Path) -> None:
 
 def compiled(rank: int, world: int) -> None:
     """One graph without a break, collectives included, equals the same call without torch.compile."""
-    for options in OPTIONS[1:4]:
+    stores = {"impl": "reference", **OPTIONS[1]}
+    for options in (*OPTIONS[1:4], stores):
         torch._dynamo.reset()
         leaves, targets = problem(options)
         parallel = VocabParallelOptions.from_vocab(V)
