@@ -13,6 +13,8 @@ import math
 import torch
 from torch import Tensor
 
+from cce_ext.utils import softcapping
+
 _ALTERNATIVES = 64
 _STEEPNESS = 1.5
 # About the largest logits without a softcap.
@@ -90,7 +92,7 @@ def describe(
     mass below 2⁻¹³."""
     e, targets = e[:rows], targets[:rows]
     logits = e.float() @ c.float().T
-    p = torch.softmax(softcap * torch.tanh(logits / softcap) if softcap else logits, -1)
+    p = torch.softmax(softcapping(logits, softcap) if softcap else logits, -1)
     own = p.gather(1, targets[:, None])[:, 0]
     return {
         "above 2^-12": (p >= 2.0**-12).sum(1).float().mean().item(),

@@ -14,6 +14,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from cce_ext.reference import token_nll
+from cce_ext.utils import softcapping
+
 _ROWS, _COLUMNS = 2048, 8192
 
 
@@ -59,7 +62,7 @@ class Call(NamedTuple):
         if self.bias is not None:
             z = z + self.bias[columns].to(z.dtype)
         z = z * self.logit_scale
-        return self.softcap * torch.tanh(z / self.softcap) if self.softcap else z
+        return softcapping(z, self.softcap) if self.softcap else z
 
 
 def slices(size: int, step: int) -> Iterator[slice]:
@@ -136,10 +139,7 @@ def finish_rows(
     lse = top + torch.log(total)
     unknown = (call.targets[rows] < 0) | (call.targets[rows] >= call.vocab)
     target_logit = torch.where(unknown, torch.nan, target_logit)
-    nll = lse - target_logit
-    if logit_sum is not None:
-        smooth = call.label_smoothing
-        nll = (1 - smooth) * nll + smooth * (lse - logit_sum / call.vocab)
+    nll = token_nll(lse, target_logit, logit_sum, call.label_smoothing, call.vocab)
 
     def on_valid(x: Tensor) -> Tensor:
         return torch.where(valid, x, 0)

@@ -1,5 +1,5 @@
-"""impl="torch_compile": the eager formula under torch.compile, which fuses what follows the matmul.
-It stores the logits."""
+"""The implementations that store the logits: the eager formula, or the same under torch.compile, which
+fuses what follows the matmul."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 
 
 @functools.cache
-def compiled(formula: Callable) -> Callable:
-    """torch.compile of a formula of :mod:`cce_ext.reference`, compiled at its first call."""
-    return torch.compile(formula)
+def run_as(name: str, formula: Callable) -> Callable:
+    """A formula of :mod:`cce_ext.reference` as the implementation of this name runs it: as it is
+    ("reference"), or compiled at its first call ("torch_compile")."""
+    return torch.compile(formula) if name == "torch_compile" else formula

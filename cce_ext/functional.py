@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cce_ext import checks, eager
-from cce_ext.compiled import compiled
+from cce_ext.compiled import run_as
 from cce_ext.constants import IGNORE_INDEX
 from cce_ext.diagnostics import record
 from cce_ext.distributed.agreement import agree
@@ -240,12 +240,11 @@ def _rows(
         checks.check_target_range(targets, z.shape[-1], options.ignore_index)
         return statistics_of_logits(z, targets, options, metrics)
     u, b = low_rank_update(e, head.adapters)
-    if name in STORES_LOGITS:
-        record(path=name, reason=STORES_LOGITS[name], **facts)
-        run = statistics if name == "reference" else compiled(statistics)
-        return run(e, head.weight, targets, head.bias, u, b, options, metrics)
     pair, reason = choose_pair(name, e)
     inputs = (e, head.weight, targets, head.bias, u, b)
+    if pair in STORES_LOGITS:
+        record(path=pair, reason=reason, **facts)
+        return run_as(pair, statistics)(*inputs, options, metrics)
     if pair == "linear_ce" and e.device.type == "cuda" and eager.differentiates(inputs):
         exact = refusal(head.weight, e.shape[0], options, facts["filter"].eps)
         facts["exact"] = exact
@@ -285,9 +284,8 @@ def _parallel_rows(
     facts: dict[str, Any],
 ) -> RowStatistics:
     """nll and lse over all shards. A is replicated, B sharded like c."""
-    stores = name in STORES_LOGITS
     # First: what cannot run must not keep the other ranks waiting.
-    pair, reason = ("", STORES_LOGITS[name]) if stores else choose_pair(name, e)
+    pair, reason = choose_pair(name, e)
     if parallel.check and not torch.compiler.is_compiling():
         eps = facts["filter"].eps
         total = agree(parallel, options, eps, reduction, e, head, targets)
@@ -301,9 +299,9 @@ def _parallel_rows(
     adapters = tuple(a._replace(a=reduce_gradient(a.a, parallel)) for a in head.adapters)
     u, b = low_rank_update(e, adapters)
     inputs = (e, head.weight, targets, head.bias, u, b)
-    if stores:
+    if pair in STORES_LOGITS:
         record(path="vocab_parallel", reason=reason, **facts)
-        run = shard_statistics if name == "reference" else compiled(shard_statistics)
+        run = run_as(pair, shard_statistics)
         return _of_shards(*stored_loss(run, parallel, total, options, *inputs))
     kernels, exact = shard_kernels(pair, inputs, options, facts["filter"], total)
     if exact is not None:

@@ -67,8 +67,10 @@ def compute_dtype(e: Tensor) -> torch.dtype:
 
 
 def choose_pair(name: str, e: Tensor) -> tuple[str, str]:
-    """The implementation pair that serves a call, and why it is not the compiled one ('' where it
-    is)."""
+    """The implementation pair that serves a call, or the name in STORES_LOGITS, and why it is not the
+    compiled pair ('' where it is)."""
+    if name in STORES_LOGITS:
+        return name, STORES_LOGITS[name]
     if name == "triton":
         reason = _triton_reason(e.device)
         if reason:

@@ -85,15 +85,31 @@ def shard_statistics(
     """(2, N): lse and target logit of ids start to start + V of a vocabulary of `total`, the latter 0
     where another shard has the target; with label smoothing (3, N): the sum of the logits too."""
     z = logits(e, c, bias, u, lora_b, options)
-    targets = targets.long()
-    here = (targets >= start) & (targets < start + z.shape[1])
-    # A column for rows whose target is elsewhere; no shard has a target that is not in the vocabulary.
-    slot = torch.where(here, targets - start, z.shape[1])
-    target_logit = torch.nn.functional.pad(z, (0, 1)).gather(1, slot[:, None])[:, 0]
-    known = (targets >= 0) & (targets < total) | (targets == options.ignore_index)
-    target_logit = torch.where(known, target_logit, torch.nan)
     sums = [z.sum(-1)] if options.label_smoothing else []
-    return torch.stack([torch.logsumexp(z, -1), target_logit, *sums])
+    return torch.stack([torch.logsumexp(z, -1), _target_logits(z, targets, start, total), *sums])
+
+
+def _target_logits(z: Tensor, targets: Tensor, start: int, total: int) -> Tensor:
+    """(N,): of logits z (N, V) of ids start to start + V; 0 where another shard of the vocabulary of
+    `total` has the target, NaN where none has."""
+    targets = targets.long()
+    place = targets - start
+    here = (place >= 0) & (place < z.shape[1])
+    # gather itself must stay in range, and an empty shard has nothing to gather.
+    found = z.gather(1, torch.where(here, place, 0)[:, None])[:, 0] if z.shape[1] else z.sum(-1)
+    known = (targets >= 0) & (targets < total)
+    return torch.where(known, torch.where(here, found, 0), torch.nan)
+
+
+def token_nll(
+    lse: Tensor, target_logit: Tensor, logit_sum: Tensor | None, smoothing: float, vocab: int
+) -> Tensor:
+    """-log p of the targets, smoothed; logit_sum: over all `vocab` entries, read with smoothing
+    alone."""
+    nll = lse - target_logit
+    if smoothing:
+        nll = (1 - smoothing) * nll + smoothing * (lse - logit_sum / vocab)
+    return nll
 
 
 def statistics_of_logits(
@@ -109,18 +125,11 @@ def statistics_of_logits(
         return torch.where(valid, x, zero)
 
     lse = torch.logsumexp(z, -1)
-    # A target that is not in the vocabulary gives NaN; gather itself must stay in range.
-    known = (targets >= 0) & (targets < vocab)
-    target_logit = z.gather(1, torch.where(known, targets, 0)[:, None])[:, 0]
-    target_logit = torch.where(known, target_logit, z.new_full((), torch.nan))
-    nll = lse - target_logit
+    target_logit = _target_logits(z, targets, 0, vocab)
     empty = z.new_empty(0)
-    logit_sum = empty
-    if options.label_smoothing:
-        logit_sum = z.sum(-1)
-        smooth = options.label_smoothing
-        nll = (1 - smooth) * nll + smooth * (lse - logit_sum / vocab)
-        logit_sum = on_valid(logit_sum)
+    smoothing = options.label_smoothing
+    logit_sum = z.sum(-1) if smoothing else empty
+    nll = token_nll(lse, target_logit, logit_sum, smoothing, vocab)
     max_logit, argmax, entropy = empty, targets.new_empty(0), empty
     if metrics:
         with torch.no_grad():
@@ -129,5 +138,11 @@ def statistics_of_logits(
             max_logit, argmax = on_valid(top.values), torch.where(valid, top.indices, -1)
             entropy = on_valid(lse - torch.where(p > 0, p * z, zero).sum(-1))
     return RowStatistics(
-        on_valid(nll), on_valid(lse), on_valid(target_logit), logit_sum, max_logit, argmax, entropy
+        on_valid(nll),
+        on_valid(lse),
+        on_valid(target_logit),
+        on_valid(logit_sum) if smoothing else empty,
+        max_logit,
+        argmax,
+        entropy,
     )

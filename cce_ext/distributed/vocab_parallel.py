@@ -23,7 +23,7 @@ from torch import Tensor
 from cce_ext.distributed.dtensor import shard_of
 from cce_ext.eager import differentiates
 from cce_ext.options import Filter, LossOptions
-from cce_ext.reference import RowStatistics
+from cce_ext.reference import RowStatistics, token_nll
 from cce_ext.sparse import shard
 from cce_ext.sparse.forward import Bounds, sort_entries
 from cce_ext.sparse.op import common_refusal, shard_refusal
@@ -244,10 +244,9 @@ def _merge(
     """nll and lse (N,) over all shards, from what `reference.shard_statistics` says of each
     (ranks, 2 or 3, N)."""
     lse = torch.logsumexp(ranks[:, 0], 0)
-    nll = lse - ranks[:, 1].sum(0)
-    smooth = options.label_smoothing
-    if smooth:
-        nll = (1 - smooth) * nll + smooth * (lse - ranks[:, 2].sum(0) / vocab_total)
+    smoothing = options.label_smoothing
+    logit_sum = ranks[:, 2].sum(0) if smoothing else None
+    nll = token_nll(lse, ranks[:, 1].sum(0), logit_sum, smoothing, vocab_total)
     valid = targets != options.ignore_index
     return torch.where(valid, nll, 0), torch.where(valid, lse, 0)
 

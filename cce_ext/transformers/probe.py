@@ -24,6 +24,7 @@ from cce_ext.transformers.standin import (
     plain,
     stand_in,
 )
+from cce_ext.utils import softcapping
 
 PROBE_LENGTH = 4
 
@@ -181,7 +182,7 @@ def _chain(
         return Chain(reason=str(error))
     raw, final = given[-1].double()[..., : found.vocab] * found.logit_scale, plain(logits)
     if found.softcap is not None:
-        raw = found.softcap * torch.tanh(raw / found.softcap)
+        raw = softcapping(raw, found.softcap)
     exact = {given[-1].dtype, final.dtype} <= {torch.float32, torch.float64}
     tolerance = 1e-4 if exact else 3e-2
     if not torch.allclose(final.double(), raw, rtol=tolerance, atol=tolerance):

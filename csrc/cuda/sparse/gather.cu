@@ -2,7 +2,8 @@
 //
 // Work item: one segment times one slice (gather.cuh). Slices are the outer loop, so that the part of `source` in use stays in
 // the second-level cache. Light segments (up to 64 entries): one warp an item. Heavy ones: the eight warps of a block take
-// every eighth batch of entries, and warp 0 adds up their sums, in order, from shared memory. Segments without entries are not visited. Persistent blocks; lists of both kinds are made by CUB.
+// every eighth batch of entries, and warp 0 adds up their sums, in order, from shared memory. Segments without entries are
+// not visited. Persistent blocks; lists of both kinds are made by CUB.
 #include <thrust/iterator/counting_iterator.h>
 
 #include <cub/device/device_partition.cuh>

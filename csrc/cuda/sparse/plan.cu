@@ -3,7 +3,6 @@
 // elsewhere; hot ids by a cooperative grid.
 #include <cooperative_groups.h>
 
-#include <algorithm>
 #include <cub/block/block_radix_sort.cuh>
 #include <cub/block/block_reduce.cuh>
 #include <cub/block/block_scan.cuh>

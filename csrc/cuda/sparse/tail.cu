@@ -1,6 +1,6 @@
 // The tail between the matmuls: the rows' factors (a warp a row), and shapes of the classes' tails (a block a group of ids,
-// which it reads once and holds in registers). cce_ext/sparse/tail.py has the same steps in PyTorch. No atomics; sums in a fixed order.
-#include <algorithm>
+// which it reads once and holds in registers). cce_ext/sparse/tail.py has the same steps in PyTorch. No atomics; sums in a
+// fixed order.
 #include <cfloat>
 #include <cub/block/block_reduce.cuh>
 
