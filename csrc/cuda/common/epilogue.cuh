@@ -92,10 +92,11 @@ __device__ __forceinline__ void make_logits(float (&acc)[kElements], const Logit
     }
   }
   if (p.softcap != 0.0f) {
-    const float scale = p.logit_scale;
+    // DeviceMath's tanh with all factors in two: cap - 2 cap / (e^(2 x / cap) + 1).
+    const float rate = p.logit_scale * p.inv_softcap * (2.0f * kLog2E), twice = -2.0f * p.softcap;
 #pragma unroll
     for (int i = 0; i < kElements; ++i)
-      acc[i] = core::softcap<DeviceMath>(acc[i] * scale, p.softcap, p.inv_softcap);
+      acc[i] = fmaf(twice, ptx::rcp(ptx::ex2(acc[i] * rate) + 1.0f), p.softcap);
   } else if (p.logit_scale != 1.0f) {
 #pragma unroll
     for (int i = 0; i < kElements; ++i) acc[i] *= p.logit_scale;
@@ -156,15 +157,18 @@ enum class Mode { kPlain, kGeneral, kMetrics };
 struct RowSums {
   float sum = 0.0f;       // Σ w
   float weighted = 0.0f;  // Σ w z, for metrics
-  float extra = 0.0f;     // Σ w softcap'(z) if `capped`, else Σ z of columns that exist
+  float extra = 0.0f;     // Σ w z² of capped logits, else Σ z of columns that exist
 };
 
-// All of them in one pass: apart, the compiler would keep every w for the next one. A z of -inf weighs nothing. Over all
-// pairs of this thread's elements, or some.
-template <typename Columns, bool kMetrics, int kElements>
+// Of a z that is not there (-inf), which weighs nothing, the square is to be finite too.
+constexpr float kLeastSquared = -0x1p60f;
+
+// All of them in one pass: apart, the compiler would keep every w for the next one. Over all pairs of this thread's elements,
+// or some.
+template <typename Columns, bool kMetrics, bool kCapped, int kElements>
 __device__ __forceinline__ RowSums thread_sums(const float (&z)[kElements], int h, float reference,
-                                               bool capped, float inv_softcap, int first_col,
-                                               int cols, int first = 0, int end = kElements / 4) {
+                                               int first_col, int cols, int first = 0,
+                                               int end = kElements / 4) {
   RowSums s;
 #pragma unroll
   for (int j = first; j < end; ++j) {
@@ -173,9 +177,14 @@ __device__ __forceinline__ RowSums thread_sums(const float (&z)[kElements], int 
       const float x = z[4 * j + 2 * h + e];
       const float w = ptx::ex2(fmaf(x, kLog2E, -reference));
       s.sum += w;
-      if (kMetrics) s.weighted += w == 0.0f ? 0.0f : w * x;
-      const bool counts = capped ? w != 0.0f : first_col + Columns::at(j) + e < cols;
-      s.extra += counts ? (capped ? w * core::softcap_grad(x, inv_softcap) : x) : 0.0f;
+      if constexpr (kCapped) {
+        const float there = fmaxf(x, kLeastSquared), product = w * there;
+        if (kMetrics) s.weighted += product;
+        s.extra = fmaf(product, there, s.extra);
+      } else {
+        if (kMetrics) s.weighted += w == 0.0f ? 0.0f : w * x;
+        s.extra += first_col + Columns::at(j) + e < cols ? x : 0.0f;
+      }
     }
   }
   return s;

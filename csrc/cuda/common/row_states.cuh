@@ -4,6 +4,7 @@
 #pragma once
 
 #include <cfloat>
+#include <type_traits>
 
 #include "cuda/common/candidates.cuh"
 #include "cuda/common/epilogue.cuh"
@@ -86,16 +87,21 @@ __device__ __forceinline__ void fold_row(const float (&acc)[kElements], int h,
       if (kTraining && __any_sync(~0u, sum >= gate)) open |= 1u << g;
       part.sum += sum;
     };
-    if (more) {
+    const auto add = [&](auto capped) {
 #pragma unroll
       for (int g = 0; g < kGates; ++g) {
-        const RowSums behind = thread_sums<Columns, kMode == Mode::kMetrics>(
-            acc, h, reference, want.capped, p.inv_softcap, first_col, p.cols, g * kEach,
-            (g + 1) * kEach);
+        const RowSums behind =
+            thread_sums<Columns, kMode == Mode::kMetrics, decltype(capped)::value>(
+                acc, h, reference, first_col, p.cols, g * kEach, (g + 1) * kEach);
         look_behind(g, behind.sum);
         part.extra += behind.extra;
         part.weighted += behind.weighted;
       }
+    };
+    if (more && want.capped) {
+      add(std::true_type());
+    } else if (more) {
+      add(std::false_type());
     } else {
 #pragma unroll
       for (int g = 0; g < kGates; ++g)
@@ -109,7 +115,9 @@ __device__ __forceinline__ void fold_row(const float (&acc)[kElements], int h,
     if (beyond) max = fmaxf(max, largest);
   }
   if (more) {
-    const float extra = quad_sum(part.extra);
+    float extra = quad_sum(part.extra);
+    // Σ w softcap'(z), of 1 - (z / softcap)².
+    if (want.capped) extra = fmaf(-p.inv_softcap * p.inv_softcap, extra, part.sum);
     if (writer) s.extra[group][row] = s.extra[group][row] * (want.capped ? rescale : 1.0f) + extra;
   }
   if (kMode == Mode::kMetrics && want.weighted) {
