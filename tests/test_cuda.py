@@ -128,7 +128,7 @@ def test_repeated_launches_change_no_bit() -> None:
     """CCE_REPEATS steps (200 by default) of one sparse and one exact problem: none hangs, none
     differs."""
     for options in ({}, {"filter_eps": None, "softcap": 30.0}):
-        e, c, t = llm_like(300, 17000, 128, torch.bfloat16, "cuda")
+        e, c, t = llm_like(512, 17000, 128, torch.bfloat16, "cuda")
         t[::7] = -100
         e, c = e.requires_grad_(), c.requires_grad_()
         changed = torch.zeros((), dtype=torch.long, device="cuda")
@@ -201,12 +201,13 @@ def test_tensors_on_another_than_the_current_device() -> None:
                 assert torch.equal(x, y), options
 
 
-def test_a_step_is_captured_in_a_graph() -> None:
+@pytest.mark.parametrize(("n", "v"), [(300, 5000), (512, 20000)])
+def test_a_step_is_captured_in_a_graph(n: int, v: int) -> None:
     """Forward and backward, replayed on new data: nothing waits for the device, nothing depends on
-    the data's counts."""
-    e = torch.randn(300, 128, device="cuda", dtype=torch.bfloat16, requires_grad=True)
-    c = torch.randn(5000, 128, device="cuda", dtype=torch.bfloat16, requires_grad=True)
-    t = torch.randint(5000, (300,), device="cuda")
+    the data's counts. The larger one's kernels are two launches that overlap."""
+    e = torch.randn(n, 128, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    c = torch.randn(v, 128, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    t = torch.randint(v, (n,), device="cuda")
 
     def step() -> tuple[torch.Tensor, ...]:
         loss = linear_cross_entropy(e, c, t, filter_eps=None)
@@ -215,7 +216,7 @@ def test_a_step_is_captured_in_a_graph() -> None:
     graph, captured = graph_of(step)
     with torch.no_grad():
         e.normal_()
-        t.random_(5000)
+        t.random_(v)
         t[::3] = -100
     graph.replay()
     for got, expected in zip(captured, step(), strict=True):

@@ -78,12 +78,16 @@ constexpr int kLevelCols = 32;
 // Bits of the id in a candidate; the others number the rows of a block.
 constexpr int kCandidateIdBits = 25;
 
+// Steps that blocks keep account of, so that they stay together (cuda/sm90/pace.cuh).
+constexpr int kPaceSteps = 64;
+
 struct ForwardParams {
   Head head;
   Partials partials;        // of this launch: its first split is row 0
   Candidates candidates;    // no pool: none are looked for
   int64_t n = 0;            // leading dimension of the partials
   int tiles_per_split = 1;  // column tiles that share one partial
+  int32_t* pace = nullptr;  // (kPaceSteps,): workspace
 };
 
 struct BackwardParams {

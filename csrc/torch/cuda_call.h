@@ -209,6 +209,7 @@ inline void fill_partials(const Inputs& in, const cuda::Backend& backend, const 
   compact = compact && backend.wants_compact_rows;
   const Tensor e_compact = compact ? compacted(e, order, stream) : Tensor();
   const Tensor u_compact = compact && in.u ? compacted(u, order, stream) : Tensor();
+  const Tensor pace = empty(in.e, {cuda::kPaceSteps}, ScalarType::Int);
   const int64_t step = launch_cols(in);
   for (int64_t first = 0; first < in.v; first += step) {
     const int64_t cols = std::min(step, in.v - first);
@@ -234,6 +235,7 @@ inline void fill_partials(const Inputs& in, const cuda::Backend& backend, const 
     p.candidates = candidates;
     p.n = in.n;
     p.tiles_per_split = partials.tiles_per_split;
+    p.pace = i32(pace, "pace");
     check_cuda(backend.forward(p, stream), "linear_ce_forward");
   }
 }

@@ -26,14 +26,6 @@ inline Work make_work(const Head& head, int64_t n, int tiles_per_split, int bloc
   return w;
 }
 
-// Blocks work in pairs, on neighbouring row blocks, unless that would leave one block in many without rows.
-inline void pair_blocks(Work& w, int block_m) {
-  const int row_blocks = (w.n + block_m - 1) / block_m;
-  if (row_blocks % 2 != 0 && row_blocks < 32) return;
-  w.cluster_bits = 1;
-  w.superblock = std::max(1, w.superblock / 2);
-}
-
 // How much the forward's epilogue has to do.
 inline Mode mode_of(const ForwardParams& p) {
   if (p.partials.weighted) return Mode::kMetrics;
@@ -41,28 +33,22 @@ inline Mode mode_of(const ForwardParams& p) {
   return plain && !p.partials.logit_sum ? Mode::kPlain : Mode::kGeneral;
 }
 
-// One persistent block on each multiprocessor that can have work, in clusters if the work says so.
+// The groups that can have work, of as many as the device has room for: at least one.
+inline int groups_with_work(const Work& work, int block_m, int most) {
+  const int64_t size = int64_t{block_m} << work.group_bits;
+  const int64_t units = (work.n + size - 1) / size * work.splits;
+  return static_cast<int>(std::clamp<int64_t>(units, 1, most));
+}
+
+// One persistent block on each multiprocessor that can have work.
 template <typename Config, typename Kernel, typename... Args>
-cudaError_t launch(Kernel kernel, int shared_bytes, const Work& work, cudaStream_t stream,
-                   Args... args) {
-  const int size = 1 << work.cluster_bits;
-  const int64_t row_blocks = (work.n + Config::kBlockM - 1) / Config::kBlockM;
-  const int64_t units = std::max<int64_t>(1, (row_blocks + size - 1) / size * work.splits);
-  const int64_t clusters = std::min<int64_t>(units, current_device().multiprocessors / size);
-  cudaError_t error =
+cudaError_t launch(Kernel kernel, int shared_bytes, Work work, cudaStream_t stream, Args... args) {
+  work.groups = groups_with_work(work, Config::kBlockM, current_device().multiprocessors);
+  const cudaError_t error =
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
   if (error != cudaSuccess) return error;
-  cudaLaunchAttribute cluster = {};
-  cluster.id = cudaLaunchAttributeClusterDimension;
-  cluster.val.clusterDim = {static_cast<unsigned>(size), 1, 1};
-  cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(static_cast<unsigned>(clusters * size));
-  config.blockDim = dim3(Config::kThreads);
-  config.dynamicSmemBytes = static_cast<size_t>(shared_bytes);
-  config.stream = stream;
-  config.attrs = &cluster;
-  config.numAttrs = size > 1 ? 1 : 0;
-  return cudaLaunchKernelEx(&config, kernel, work, args...);
+  kernel<<<work.groups, Config::kThreads, shared_bytes, stream>>>(work, args...);
+  return cudaGetLastError();
 }
 
 }  // namespace cce::cuda

@@ -16,14 +16,17 @@ struct Work {
   int column_tiles = 0;
   int tiles_per_split = 1;
   int splits = 1;
-  int superblock = 1;
-  int cluster_bits =
-      0;  // 2 to this power neighbouring blocks take neighbouring row blocks of the same columns
+  int superblock = 1;  // in row blocks of a group
+  // A group: 2 to group_bits neighbouring blocks, on neighbouring row blocks of the same columns. 2 to cluster_bits of them
+  // are a cluster.
+  int group_bits = 0, cluster_bits = 0;
+  int first_group = 0, groups = 1;  // of this launch the first, and how many share the work
+  int32_t* pace = nullptr;          // (kPaceSteps,): zeros, see sm90/pace.cuh; or null
 };
 
-// Where a block is in its stream of slices: unit, column tile, slice. Block b takes units b, b + gridDim.x, ..., or, in
-// clusters, cluster k of blocks takes units k, k + clusters, ..., of as many row blocks each, of which the last may not
-// exist. What follows from the work is not kept: registers are for the accumulators.
+// Where a block is in its stream of slices: unit, column tile, slice. Group g of blocks takes units g, g + groups, ..., of
+// as many row blocks as it has blocks, of which the last ones may not exist. What follows from the work is not kept: registers
+// are for the accumulators.
 struct Cursor {
   const Work& work;
   int row_blocks;  // with rows that count
@@ -33,13 +36,16 @@ struct Cursor {
   int slice = 0;
 
   __device__ Cursor(const Work& w, int blocks)
-      : work(w), row_blocks(blocks), unit(static_cast<int>(blockIdx.x) >> w.cluster_bits) {
+      : work(w),
+        row_blocks(blocks),
+        unit(w.first_group + (static_cast<int>(blockIdx.x) >> w.group_bits)) {
     enter();
   }
   // Where another one was.
   __device__ Cursor(const Work& w, int blocks, int4 place)
       : work(w), row_blocks(blocks), unit(place.x), row_block(place.y), tile(place.z) {}
   __device__ int4 place() const { return make_int4(unit, row_block, tile, 0); }
+  __device__ int units() const { return order().units(); }
   __device__ bool done() const { return unit >= order().units(); }
   __device__ int split() const { return tile / work.tiles_per_split; }
   __device__ bool last_of_unit() const {
@@ -62,16 +68,14 @@ struct Cursor {
 
  private:
   __device__ UnitOrder order() const {
-    const int bits = work.cluster_bits;
+    const int bits = work.group_bits;
     return {(row_blocks + (1 << bits) - 1) >> bits, work.splits, work.superblock};
   }
-  __device__ int next_unit() const {
-    return unit + (static_cast<int>(gridDim.x) >> work.cluster_bits);
-  }
+  __device__ int next_unit() const { return unit + work.groups; }
   __device__ void enter() {
     if (done()) return;
     const Unit u = order().at(unit);
-    const int bits = work.cluster_bits;
+    const int bits = work.group_bits;
     row_block = (u.row_block << bits) + (static_cast<int>(blockIdx.x) & ((1 << bits) - 1));
     tile = u.split * work.tiles_per_split;
   }

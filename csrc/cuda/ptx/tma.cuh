@@ -8,17 +8,14 @@
 
 namespace cce::cuda::ptx {
 
-// What the second-level cache is told of the lines that a copy reads: to keep them, nothing, or that they may go first.
-// PTX ISA, "createpolicy".
-enum class Caching { kKeep, kNormal, kStream };
+// What the second-level cache is told of the lines that a copy reads: to keep them, or nothing. PTX ISA, "createpolicy".
+enum class Caching { kKeep, kNormal };
 
 template <Caching kCaching>
 __device__ __forceinline__ uint64_t cache_policy() {
   uint64_t policy;
   if constexpr (kCaching == Caching::kKeep)
     asm("createpolicy.fractional.L2::evict_last.b64 %0, 1.0;" : "=l"(policy));
-  else if constexpr (kCaching == Caching::kStream)
-    asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
   else
     asm("createpolicy.fractional.L2::evict_normal.b64 %0, 1.0;" : "=l"(policy));
   return policy;

@@ -1,6 +1,6 @@
-#include "cuda/common/launch.cuh"
 #include "cuda/sm90/backend.h"
 #include "cuda/sm90/backward.cuh"
+#include "cuda/sm90/launch.cuh"
 
 namespace cce::cuda::sm90 {
 namespace {
@@ -8,15 +8,10 @@ namespace {
 template <typename T, Epilogue kEpilogue>
 cudaError_t run(const BackwardParams& p, cudaStream_t stream) {
   // One column tile a unit: the finest grain, so that the last wave of a chunk is as full as it can be.
-  Work work = make_work(p.head, p.n, 1, Config::kBlockM, Config::kBlockN);
-  pair_blocks(work, Config::kBlockM);
-  Maps maps = {};
-  const cudaError_t error = make_maps(p.head, Config::kBlockM, Config::kHalfN, &maps);
-  if (error != cudaSuccess) return error;
-  return launch<Config>(backward_mainloop<T, kEpilogue>, backward_shared_bytes(), work, stream,
-                        maps, LogitParams(p.head.options, p.head.bias, p.head.c.rows), p.rows,
-                        static_cast<int>(p.head.first_col),
-                        DlogitsOut<T>{static_cast<T*>(p.dlogits), p.ld_dlogits, false});
+  return launch_groups(backward_mainloop<T, kEpilogue>, backward_shared_bytes(), p.head, p.n, 1,
+                       nullptr, stream, LogitParams(p.head.options, p.head.bias, p.head.c.rows),
+                       p.rows, static_cast<int>(p.head.first_col),
+                       DlogitsOut<T>{static_cast<T*>(p.dlogits), p.ld_dlogits, false});
 }
 
 template <typename T>

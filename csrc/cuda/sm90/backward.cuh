@@ -83,7 +83,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
       for (int i = 0; i < Config::kAccumulators; ++i) acc[0][i] = acc[1][i];
     }
   };
-  run_block<T, ptx::Caching::kNormal>(
+  run_block<T>(
       work, maps, shared, count, kEpilogue == Epilogue::kPlain ? nullptr : logits.bias, [] {},
       epilogue);
 }

@@ -1,20 +1,16 @@
-#include "cuda/common/launch.cuh"
 #include "cuda/sm90/backend.h"
 #include "cuda/sm90/forward.cuh"
+#include "cuda/sm90/launch.cuh"
 
 namespace cce::cuda::sm90 {
 namespace {
 
 template <typename T, Mode kMode, bool kTraining>
 cudaError_t run(const ForwardParams& p, cudaStream_t stream) {
-  Work work = make_work(p.head, p.n, p.tiles_per_split, Config::kBlockM, Config::kBlockN);
-  pair_blocks(work, Config::kBlockM);
-  Maps maps = {};
-  const cudaError_t error = make_maps(p.head, Config::kBlockM, Config::kHalfN, &maps);
-  if (error != cudaSuccess) return error;
-  return launch<Config>(forward_mainloop<T, kMode, kTraining>, forward_shared_bytes(kTraining),
-                        work, stream, maps, LogitParams(p.head.options, p.head.bias, p.head.c.rows),
-                        p.partials, p.candidates, p.n, static_cast<int>(p.head.first_col));
+  return launch_groups(forward_mainloop<T, kMode, kTraining>, forward_shared_bytes(kTraining),
+                       p.head, p.n, p.tiles_per_split, p.pace, stream,
+                       LogitParams(p.head.options, p.head.bias, p.head.c.rows), p.partials,
+                       p.candidates, p.n, static_cast<int>(p.head.first_col));
 }
 
 template <typename T, Mode kMode>

@@ -102,11 +102,8 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
       reset_row(states, row);
     }
   };
-  // Without candidates the blocks keep in step and read a tile of C within a short time. In training some fall behind, and
-  // would find lines gone that may go first.
-  constexpr auto kCachingC = kTraining ? ptx::Caching::kNormal : ptx::Caching::kStream;
-  run_block<T, kCachingC>(work, maps, shared, count, kMode != Mode::kPlain ? logits.bias : nullptr,
-                          prepare, epilogue);
+  run_block<T>(work, maps, shared, count, kMode != Mode::kPlain ? logits.bias : nullptr, prepare,
+               epilogue);
 }
 
 }  // namespace cce::cuda::sm90

@@ -7,16 +7,17 @@
 // - Warpgroups 0 and 1 multiply: tile t of the block's stream belongs to warpgroup t % 2, all 128 rows of it (192
 //   accumulators a thread). While one runs its epilogue the other has the tensor cores ("ping-pong").
 // - Warpgroup 2 loads. Where every row counts, or there is a copy of E in the row order, one thread issues tensor copies for
-//   both tiles. Otherwise the rows of A are not neighbours: its 128 threads gather them by cp.async, 16 bytes each, a sixth
-//   slower in all, and B still comes by tensor copy.
-// Clusters: two blocks work on neighbouring row blocks of the same columns, unless there are few row blocks. Each loads its
-// own A tile and half of the B tile, which goes to both (multicast): a tile of C crosses the chip once for two blocks, and
-// they stay together whatever their epilogues take.
+//   both tiles, and a thread of another warp keeps it in step with other blocks (sm90/pace.cuh). Otherwise the rows of A are
+//   not neighbours: its 128 threads gather them by cp.async, 16 bytes each, a sixth slower in all, and B still comes by
+//   tensor copy.
+// Clusters: four or two blocks work on neighbouring row blocks of the same columns (sm90/launch.cuh). Each loads its own A
+// tile and a part of the B tile, which goes to all (multicast): a tile of C crosses the chip once for them, and they stay
+// together whatever their epilogues take.
 // Barrier protocol: full[s] completes when the bytes of the stage are there: one arrival (which names the bytes of the
-// tensor copies, the other block's half included), and in gather mode 128 more, when each thread's own cp.async have landed;
+// tensor copies, the other blocks' parts included), and in gather mode 128 more, when each thread's own cp.async have landed;
 // whoever multiplies then orders them before the tensor cores' reads (fence.proxy.async). empty[s] completes by one arrival
 // of each block of the cluster, of the warpgroup that has multiplied the stage, one slice late, when its products have been
-// waited for: then both loaders may write there. Blocks of a cluster end together. epilogue[w] completes by the 128 arrivals of
+// waited for: then all loaders may write there. Blocks of a cluster end together. epilogue[w] completes by the 128 arrivals of
 // the other warpgroup, before its first tile or after an epilogue: then warpgroup w may touch what both share. The named
 // barrier kProductTurn + w lets warpgroup w issue a tile's products, which touch nothing shared; the other one gives it.
 #pragma once
@@ -26,11 +27,13 @@
 #include "cuda/common/epilogue.cuh"
 #include "cuda/common/work.cuh"
 #include "cuda/ptx/cp_async.cuh"
+#include "cuda/ptx/grid.cuh"
 #include "cuda/ptx/mbarrier.cuh"
 #include "cuda/ptx/tma.cuh"
 #include "cuda/ptx/warpgroup.cuh"
 #include "cuda/ptx/wgmma.cuh"
 #include "cuda/sm90/config.h"
+#include "cuda/sm90/pace.cuh"
 #include "cuda/sm90/tensor_map.h"
 
 #if defined(__CUDA_ARCH__) && !defined(__CUDA_ARCH_FEAT_SM90_ALL)
@@ -61,7 +64,7 @@ struct Ring {
 
 // Where things are in shared memory, and how many slices a tile has.
 struct Pipeline {
-  uint32_t stages, full, empty, epilogue;
+  uint32_t stages, full, empty, epilogue, pace;
   int slices_main, slices;
 
   __device__ Pipeline(uint32_t base, const Work& work)
@@ -69,6 +72,7 @@ struct Pipeline {
         full(base + Config::kPipelineBytes),
         empty(full + 8 * Config::kStages),
         epilogue(empty + 8 * Config::kStages),
+        pace(epilogue + 8 * Config::kConsumers),
         slices_main((static_cast<int>(work.e.cols) + Config::kBlockK - 1) / Config::kBlockK),
         slices(slices_main +
                (static_cast<int>(work.u.cols) + Config::kBlockK - 1) / Config::kBlockK) {}
@@ -88,55 +92,63 @@ __device__ __forceinline__ void init_barriers(const Pipeline& pipe, const Work& 
   ptx::fence_mbarrier_init();
 }
 
-// A slice of a B tile: both halves, or, in a cluster, one of them for both blocks. row: the tile's first.
+// A slice of a B tile, or, in a cluster, this block's part of it for all blocks. row: the tile's first.
 __device__ __forceinline__ void load_b(const Work& work, const CUtensorMap* map, uint32_t to,
                                        uint32_t full, int k, int row, uint64_t policy) {
-  if (work.cluster_bits > 0) {
-    const int rank = static_cast<int>(blockIdx.x) & 1;
-    ptx::tma_load_multicast(to + rank * Config::kHalfBytesB, map, full, k,
-                            row + rank * Config::kHalfN, 3, policy);
+  const int bits = work.cluster_bits;
+  if (bits > 0) {
+    const int size = 1 << bits, rank = static_cast<int>(blockIdx.x) & (size - 1);
+    ptx::tma_load_multicast(to + rank * (Config::kBytesB >> bits), map, full, k,
+                            row + rank * (Config::kBlockN >> bits),
+                            static_cast<uint16_t>((1 << size) - 1), policy);
   } else {
     ptx::tma_load(to, map, full, k, row, policy);
-    ptx::tma_load(to + Config::kHalfBytesB, map, full, k, row + Config::kHalfN, policy);
   }
 }
 
 // Both tiles of every slice by tensor copies; one thread. compact: A tiles from the matrices in the row order. A superblock's
-// E is read again with every tile of C and is to stay in the second-level cache. kCachingB: what happens to C there.
-template <ptx::Caching kCachingB>
+// E is read again with every tile of C and is to stay in the second-level cache.
 __device__ __forceinline__ void load_tiles(const Work& work, const Maps& maps, const Pipeline& pipe,
                                            int row_blocks, bool compact) {
   const CUtensorMap* const e = compact ? &maps.e_compact : &maps.e;
   const CUtensorMap* const u = compact ? &maps.u_compact : &maps.u;
   const uint64_t policy_a = ptx::cache_policy<ptx::Caching::kKeep>();
-  const uint64_t policy_b = ptx::cache_policy<kCachingB>();
+  const uint64_t policy_b = ptx::cache_policy<ptx::Caching::kNormal>();
   Ring ring;
+  Pace pace(work, pipe.slices, pipe.pace);
   for (Cursor at(work, row_blocks); !at.done(); at.next_tile()) {
-    // A cluster's last row block may not exist.
+    // A group's last row blocks may not exist.
     const int row = min(at.row_block, row_blocks - 1) * Config::kBlockM;
 #pragma unroll 1
-    for (int s = 0; s < pipe.slices; ++s, ring.next()) {
-      const bool low_rank = s >= pipe.slices_main;
-      const int k = (low_rank ? s - pipe.slices_main : s) * Config::kBlockK;
-      const uint32_t full = pipe.full + 8 * ring.stage;
-      ptx::mbarrier_wait(pipe.empty + 8 * ring.stage, ring.phase ^ 1);
-      ptx::mbarrier_arrive_expect(full, Config::kStageBytes);
-      ptx::tma_load(pipe.a(ring.stage), low_rank ? u : e, full, k, row, policy_a);
-      load_b(work, low_rank ? &maps.lora_b : &maps.c, pipe.b(ring.stage), full, k,
-             at.tile * Config::kBlockN, policy_b);
+    for (int s = 0; s < pipe.slices;) {
+      pace.begin_step();
+      const int end = min(s + pace.step_slices(), pipe.slices);
+#pragma unroll 1
+      for (; s < end; ++s, ring.next()) {
+        const bool low_rank = s >= pipe.slices_main;
+        const int k = (low_rank ? s - pipe.slices_main : s) * Config::kBlockK;
+        const uint32_t full = pipe.full + 8 * ring.stage;
+        ptx::mbarrier_wait(pipe.empty + 8 * ring.stage, ring.phase ^ 1);
+        ptx::mbarrier_arrive_expect(full, Config::kStageBytes);
+        ptx::tma_load(pipe.a(ring.stage), low_rank ? u : e, full, k, row, policy_a);
+        load_b(work, low_rank ? &maps.lora_b : &maps.c, pipe.b(ring.stage), full, k,
+               at.tile * Config::kBlockN, policy_b);
+      }
     }
+    if (at.tile + 1 == work.column_tiles)
+      pace.skip(work.splits * work.tiles_per_split - work.column_tiles);
   }
 }
 
 // A tiles by gathering rows, B tiles by tensor copies; all 128 threads of the warpgroup.
-template <typename T, ptx::Caching kCachingB>
+template <typename T>
 __device__ __forceinline__ void gather_tiles(const Work& work, const Maps& maps,
                                              const Pipeline& pipe, int row_blocks, int count) {
   constexpr int kPieces = Config::kBlockK / 8, kRowStep = 128 / kPieces;
   constexpr int kCopies = Config::kBlockM / kRowStep;
   const int thread = threadIdx.x % 128, piece = thread % kPieces, row = thread / kPieces;
   const uint32_t write = row * 128 + ((piece ^ (row & 7)) << 4);  // rows 16 apart swizzle alike
-  const uint64_t policy_b = ptx::cache_policy<kCachingB>();
+  const uint64_t policy_b = ptx::cache_policy<ptx::Caching::kNormal>();
   Ring ring;
   for (Cursor at(work, row_blocks); !at.done(); at.next_tile()) {
     int rows[kCopies];
@@ -260,15 +272,19 @@ __device__ __forceinline__ void consume(const Work& work, const Pipeline& pipe, 
   }
 }
 
-// The whole block: barriers, roles, streams. prepare() runs in all threads before the roles part. kCachingB: of tiles of C.
-template <typename T, ptx::Caching kCachingB, typename Prepare, typename TileEpilogue>
+// The whole block: barriers, roles, streams. prepare() runs in all threads before the roles part.
+template <typename T, typename Prepare, typename TileEpilogue>
 __device__ __forceinline__ void run_block(const Work& work, const Maps& maps, uint8_t* shared,
                                           int count, const float* bias, Prepare&& prepare,
                                           TileEpilogue&& epilogue) {
   const Pipeline pipe(ptx::shared_address(shared), work);
   const int row_blocks = (count + Config::kBlockM - 1) / Config::kBlockM;
+  ptx::allow_next_grid();
   const bool all = count == work.e.rows, gather = !all && !work.compact;
-  if (threadIdx.x == 0) init_barriers(pipe, work, gather);
+  if (threadIdx.x == 0) {
+    init_barriers(pipe, work, gather);
+    Pace(work, pipe.slices, pipe.pace).init();
+  }
   prepare();
   if (work.cluster_bits > 0)
     ptx::cluster_sync();
@@ -277,19 +293,24 @@ __device__ __forceinline__ void run_block(const Work& work, const Maps& maps, ui
   if (threadIdx.x / 128 == Config::kConsumers) {
     ptx::give_registers<Config::kProducerRegisters>();
     if (gather) {
-      gather_tiles<T, kCachingB>(work, maps, pipe, row_blocks, count);
+      gather_tiles<T>(work, maps, pipe, row_blocks, count);
     } else if (threadIdx.x % 128 == 0) {
-      load_tiles<kCachingB>(work, maps, pipe, row_blocks, !all);
+      load_tiles(work, maps, pipe, row_blocks, !all);
+    } else if (const Pace pace(work, pipe.slices, pipe.pace);
+               threadIdx.x % 128 == 32 && pace.waits()) {
+      pace.keep(Cursor(work, row_blocks));
     }
   } else {
     ptx::take_registers<Config::kConsumerRegisters>();
     consume<T>(work, pipe, row_blocks, gather, bias, epilogue);
   }
-  // The other block of the cluster may still arrive at barriers of this one.
+  // Other blocks of the cluster may still arrive at barriers of this one.
   if (work.cluster_bits > 0) {
     __syncwarp();
     ptx::cluster_sync();
   }
+  // The second launch of two ends after the first: what comes after it in the stream waits for both.
+  if (work.first_group > 0) ptx::wait_for_grids_before();
 }
 
 }  // namespace cce::cuda::sm90

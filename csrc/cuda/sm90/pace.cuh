@@ -1,0 +1,91 @@
+// Keeps the groups of blocks in step, so that a tile of C that one of them reads is still in the second-level cache when the
+// others want it. Nothing else does: the tensor cores set the same speed for all, and who starts late, or found many
+// candidates, stays behind for good; of the Gemma 2 2B shape's classifier every tile then came four times from memory instead
+// of once a superblock.
+//
+// A tile's slices are cut into steps of about eight. Before the copies of a step a group waits until all groups have begun the
+// last step but one: who is ahead loses nothing by that, since all have the same work and the last one ends it. Begun steps
+// are counted in a ring in device memory. A thread of its own reads it, and says in shared memory which step may begin, so
+// that the thread that copies waits for no memory. It is all a hint: it orders nothing, and where it waits in vain (other
+// kernels keep some of the blocks from starting), it gives up.
+#pragma once
+
+#include <climits>
+
+#include "cuda/common/work.cuh"
+#include "cuda/ptx/counter.cuh"
+
+namespace cce::cuda::sm90 {
+
+class Pace {
+ public:
+  static constexpr int kStepSlices = 8, kMostTries = 1024;
+  static constexpr int kAhead = 2;  // steps that may be begun when nobody has said anything
+
+  // slices: of a tile; allowed: where in shared memory the step is that may begin.
+  __device__ __forceinline__ Pace(const Work& work, int slices, uint32_t allowed)
+      : work_(work), allowed_(allowed) {
+    const int steps = max(1, slices / kStepSlices);
+    step_slices_ = (slices + steps - 1) / steps;
+    tile_steps_ = (slices + step_slices_ - 1) / step_slices_;
+  }
+  __device__ __forceinline__ int step_slices() const { return step_slices_; }
+
+  // Whether this block waits: of a cluster the first one, which the others cannot leave behind.
+  __device__ __forceinline__ bool waits() const {
+    return work_.pace && (blockIdx.x & ((1 << work_.cluster_bits) - 1)) == 0;
+  }
+
+  // Before the copies of a step, in the thread that issues them.
+  __device__ __forceinline__ void begin_step() {
+    if (!waits()) return;
+    while (ptx::shared_read(allowed_) < step_) {
+    }
+    count();
+  }
+  // Tiles that this unit does not have, but others do, count as begun.
+  __device__ __forceinline__ void skip(int tiles) {
+    if (!waits()) return;
+#pragma unroll 1
+    for (int i = tiles * tile_steps_; i > 0; --i) count();
+  }
+
+  // Before the block's threads part; one of them.
+  __device__ __forceinline__ void init() const { ptx::shared_set(allowed_, kAhead - 1); }
+  // Says which steps may begin, to the end of the block's work; one thread, if this block waits. at: its first tile.
+  __device__ __forceinline__ void keep(const Cursor& at) const {
+    const int unit_steps = tile_steps_ * work_.tiles_per_split, units = at.units();
+#pragma unroll 1
+    for (int step = 0, unit = at.unit; unit < units; unit += work_.groups) {
+      // As many groups have a unit in this round.
+      const int round = step / unit_steps, groups = min(work_.groups, units - round * work_.groups);
+#pragma unroll 1
+      for (const int end = step + unit_steps; step < end; ++step) {
+        const int enough = step / kPaceSteps * work_.groups + groups;
+        int tries = 0;
+        while (ptx::counter_read(counter(step)) < enough) {
+          if (++tries < kMostTries) continue;
+          ptx::shared_set(allowed_, INT_MAX);
+          return;
+        }
+        ptx::shared_set(allowed_, step + kAhead);
+      }
+    }
+  }
+
+ private:
+  __device__ __forceinline__ int32_t* counter(int step) const {
+    return work_.pace + step % kPaceSteps;
+  }
+  // Once a group.
+  __device__ __forceinline__ void count() {
+    if ((blockIdx.x & ((1 << work_.group_bits) - 1)) == 0) ptx::counter_add(counter(step_), 1);
+    ++step_;
+  }
+
+  const Work& work_;
+  uint32_t allowed_;
+  int step_slices_, tile_steps_, step_ = 0;
+};
+
+}  // namespace cce::cuda::sm90
