@@ -13,7 +13,7 @@ import argparse
 from bench.timing import MB
 from cce_ext.sparse.forward import (
     BOUND_ROWS,
-    DISTINCT_TARGETS,
+    FREQUENT_TARGETS,
     HOT_IDS,
     ROW_BLOCK,
     SAMPLED_COLUMNS,
@@ -35,7 +35,7 @@ def forward_peaks(
     n, v, d, r: as in the shapes of e (N, D), c (V, D), u (N, R); eps: the threshold; converts:
     whether lora_b is float32, not of e's dtype.
     """
-    columns = SAMPLED_COLUMNS + min(DISTINCT_TARGETS, n) + CLASSES
+    columns = SAMPLED_COLUMNS + FREQUENT_TARGETS + CLASSES
     products = 4 * min(n, BOUND_ROWS) * columns
     pool = 8 * candidate_capacity(n, v, eps) * -(-n // ROW_BLOCK)
     kept = kept_capacity(n, v, eps)
@@ -45,16 +45,21 @@ def forward_peaks(
     if r and converts:
         adapter = min(v, max(1, _PACK_BYTES // (2 * r * GROUP)) * GROUP) * 2 * r
     levels = v * sample_size(n, v)  # of the sampled rows' logits
-    pairs = 8 * kept  # keys and logits; a sort's workspace is another copy
-    ids = 4 * kept  # so are rows and an order
+    pairs = 8 * kept  # keys and logits
+    ids = 4 * kept  # so are rows
     return {
         "bounds": 2 * columns * (d + 3 * r) + products,
         "pass over the vocabulary": pool + partials + levels + copies + adapter,
         "selection": pool + partials + levels + pairs,
-        "sort by row": partials + levels + pairs + 3 * ids,
-        "sort by column": partials + levels + pairs + 4 * ids + pairs,
-        "result": 4 * ids + 4 * n * groups(v) + 8 * HOT_IDS + 4 * CLASSES * v,
+        "sort": partials + levels + pairs + 3 * ids,
+        "result": 3 * ids + 4 * n * groups(v) + 8 * HOT_IDS + 4 * CLASSES * v,
     }
+
+
+def column_bytes(n: int, v: int, eps: float) -> int:
+    """What sorting by column takes in the backward, before there are gradients by columns: ids and
+    numbers of the entries, twice; the numbers stay."""
+    return 16 * kept_capacity(n, v, eps)
 
 
 def tilt_bytes(n: int) -> int:
@@ -74,6 +79,7 @@ def main() -> None:
     eps = args.eps or 2.0**-13
     for step, size in forward_peaks(n, v, d, r, eps, not args.same_dtype).items():
         print(f"{step:26} {size / MB:8.1f} MB")
+    print(f"{'columns, in the backward':26} {column_bytes(n, v, eps) / MB:8.1f} MB")
     print(f"{'tilt, in the backward':26} {tilt_bytes(n) / MB:8.1f} MB")
 
 

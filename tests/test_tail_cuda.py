@@ -13,7 +13,7 @@ from cce_ext.options import LossOptions
 from cce_ext.reference import logits
 from cce_ext.sparse import forward as sparse_forward
 from cce_ext.sparse import tail
-from cce_ext.sparse.reference import sampled_columns, sampled_targets
+from cce_ext.sparse.reference import frequent_targets, sampled_columns
 from tests.sparse_cuda_problem import BF16, FP16, error
 from tests.tail_factors import LIFT, make_factors, make_units, spread_columns
 
@@ -252,7 +252,7 @@ def test_tilt(dtype: torch.dtype, softcap: float, n: int, v: int, count: int) ->
 @pytest.mark.parametrize(("n", "v"), [(128, 20000), (200, 4608 * 30), (6000, 16500)])
 @pytest.mark.parametrize("frequent", [1.0, 40.0])
 def test_hot_ids(n: int, v: int, frequent: float) -> None:
-    """Those with the largest counts, the smaller id first; for 6000 rows counts need two histograms."""
+    """Those with the largest counts, the smaller id first."""
     hot, blocks, per_block = 1024, -(-n // 128), 9000
     pool = torch.zeros(blocks, per_block, 2, dtype=torch.int32)
     kept = []
@@ -278,26 +278,25 @@ def test_hot_ids(n: int, v: int, frequent: float) -> None:
 
 
 @pytest.mark.parametrize("start", [0, 700])
-@pytest.mark.parametrize(("n", "frequent"), [(1, 1.0), (300, 3.0), (5000, 1.0), (5000, 6.0)])
+@pytest.mark.parametrize(
+    ("n", "frequent"), [(1, 1.0), (300, 3.0), (5000, 1.0), (5000, 6.0), (90000, 9.0)]
+)
 def test_columns_of_the_bound(n: int, frequent: float, start: int) -> None:
-    """Few targets, more distinct ones than there is room for, many of one id; in a shard, too."""
-    v, strided = 3000, 512
+    """Few targets, more distinct ones than there is room for, many of one id, several beyond what
+    is counted; in a shard, too."""
+    v, strided = 3000, 384
     targets = (uniform(n, seed=1) ** frequent * (v + 2 * start)).long()
     targets[::7] = -100
     order, count = torch.ops.cce.row_order(targets, -100)
-    distinct = min(sparse_forward.DISTINCT_TARGETS, n)
     ids, counts, anchors = torch.ops.cce.bound_columns(
-        targets, order, count, v, start, strided, min(sparse_forward.SAMPLED_TARGETS, n), distinct
+        targets, order, count, v, start, strided, sparse_forward.FREQUENT_TARGETS
     )
     assert torch.equal(anchors, tail.anchors(targets != -100))
-    expected = sampled_targets(targets[targets != -100].cpu(), start, v)
-    found = ids[strided:][counts[strided:] == 1].cpu()
-    assert found.tolist() == expected[:distinct].tolist()
-    assert ids.shape == (strided + distinct,)
-    assert ((ids >= 0) & (ids < v)).all()
+    expected = frequent_targets(targets[targets != -100].cpu(), start, v)
+    assert ids[strided:].tolist() == expected.tolist()
     columns = sampled_columns(v)
     assert torch.equal(ids[:strided].cpu(), columns)
-    assert torch.equal(counts[:strided].cpu() == 1, ~torch.isin(columns, expected))
+    assert torch.equal(counts.cpu() == 1, ~torch.isin(columns, expected))
 
 
 @DTYPES

@@ -140,16 +140,16 @@ def _sparse(
     by_row = [_row_gradient(kept, source, like) if need else None for need, source, like in rows_of]
     del rows_of
     call = call._replace(lora_b=None)
-    by_column = [
-        _column_gradient(kept, source, like) if need else None for need, source, like in columns_of
-    ]
-    if dbias is not None:
-        # Only the sums of the weights are wanted.
-        nothing = call.e.new_zeros(call.e.shape[0] + call.c.shape[0], 8)
-        torch.ops.cce.gather_(
-            nothing[: call.c.shape[0]], nothing[call.c.shape[0] :], lists.column_first, None,
-            lists.rows, weights, lists.order, None, dbias,
-        )  # fmt: skip
+    by_column: list[Tensor | None] = [None, None]
+    if dbias is not None or any(need for need, *_ in columns_of):
+        columns = _Columns(*torch.ops.cce.sort_columns(lists.ids, lists.row_first, c.shape[0]))
+        by_column = [
+            _column_gradient(kept, columns, source, like) if need else None
+            for need, source, like in columns_of
+        ]
+        if dbias is not None:
+            _add_weights(dbias, kept, columns, call.e)
+        del columns
     del factors, kept, weights
     # Rows on the exact list, by recomputed logits: rows are overwritten, columns are added to. An
     # empty list costs an empty launch.
@@ -228,6 +228,13 @@ def _rows_of_adapter(lora_b: Tensor, dtype: torch.dtype) -> Tensor:
     return readable(lora_b, dtype)
 
 
+class _Columns(NamedTuple):
+    """Kept entries by id."""
+
+    order: Tensor  # (K,) int32: their numbers, by id and row
+    first: Tensor  # (V + 1,) int32: where the entries of an id start in `order`
+
+
 class _Kept(NamedTuple):
     """Kept entries and their weights: by the lists, and those of hot ids in the factors."""
 
@@ -247,13 +254,23 @@ def _row_gradient(kept: _Kept, source: Tensor, like: Tensor) -> Tensor:
     return out.to(like.dtype)
 
 
-def _column_gradient(kept: _Kept, source: Tensor, like: Tensor) -> Tensor:
+def _column_gradient(kept: _Kept, columns: _Columns, source: Tensor, like: Tensor) -> Tensor:
     """The gradient by `like` (V, width): tail and kept entries; source (N, width)."""
     lists, factors = kept.lists, kept.factors
     dtype = like.dtype if like.dtype == source.dtype else torch.float32
     out = torch.empty(like.shape, device=like.device, dtype=dtype)
     torch.ops.cce.column_gradient_(
         out, source, products.column_product(factors, source), factors.shape, factors.units,
-        lists.column_first, lists.slots, lists.rows, kept.weights, lists.order,
+        columns.first, lists.slots, lists.rows, kept.weights, columns.order,
     )  # fmt: skip
     return out
+
+
+def _add_weights(dbias: Tensor, kept: _Kept, columns: _Columns, e: Tensor) -> None:
+    """The sums of the entries' weights by id, added to dbias (V,)."""
+    n, v = e.shape[0], dbias.shape[0]
+    nothing = e.new_zeros(v + n, 8)  # what is gathered does not matter
+    torch.ops.cce.gather_(
+        nothing[:v], nothing[v:], columns.first, None, kept.lists.rows, kept.weights,
+        columns.order, None, dbias,
+    )  # fmt: skip

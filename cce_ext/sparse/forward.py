@@ -2,10 +2,11 @@
 
 A bound of each row's lse from a sample of its logits; one pass over the vocabulary, which also
 collects the entries above bound + log ε and writes down the logits of a few rows; then the entries
-that are kept, sorted by row and by column, the mass of the others, and what those few rows drop,
-summed by class and id. Nothing waits for the device: every list has a fixed capacity. So memory
-follows from the shapes (``python -m bench.sparse_memory`` adds it up). The pool of candidates is the
-largest array: callers let go of it between `select_entries` and `sort_entries`.
+that are kept, sorted by row, the mass of the others, and what those few rows drop, summed by class
+and id. (Sorting by column is left to the backward: not every one needs it.) Nothing waits for the
+device: every list has a fixed capacity. So memory follows from the shapes (``python -m
+bench.sparse_memory`` adds it up). The pool of candidates is the largest array: callers let go of it
+between `select_entries` and `sort_entries`.
 """
 
 from __future__ import annotations
@@ -21,10 +22,9 @@ from cce_ext.cuda_backward import readable
 from cce_ext.reference import RowStatistics
 from cce_ext.sparse import tail
 
-# Columns at equal distances, and ids of targets of the batch, whose logits bound the lse from below. So many
-# targets are looked at; half of them are there twice. With the anchors of the classes they are 1024 columns, whole
-# tiles of a product.
-SAMPLED_COLUMNS, SAMPLED_TARGETS, DISTINCT_TARGETS = 512, 1024, 504
+# Columns at equal distances, and the batch's most frequent targets, whose logits bound the lse from below. With the
+# anchors of the classes they are 640 columns, whole tiles of a product.
+SAMPLED_COLUMNS, FREQUENT_TARGETS = 384, 248
 # Rows whose sampled logits are in memory at a time.
 BOUND_ROWS = 8192
 ROW_BLOCK = 128
@@ -37,16 +37,14 @@ HOT_IDS = 1024
 class Lists(NamedTuple):
     """What the backward needs beside the inputs. K: capacity of the lists, N rows, V ids, G groups.
 
-    Kept entries are sorted by row (in row_order) and id; order lists them by id and row.
+    Kept entries are sorted by row (in row_order) and id.
     """
 
     rows: Tensor  # (K,) int32
     ids: Tensor  # (K,) int32
     logits: Tensor  # (K,) float32
-    order: Tensor  # (K,) int32
     row_first: Tensor  # (N + 1,) int32: where the entries of a position in row_order start
     row_hot: Tensor  # (N,) int32: where those of hot ids start, which come last
-    column_first: Tensor  # (V + 1,) int32: where the entries of an id start in `order`
     hot_ids: Tensor  # (H,) int64: the ids that most rows keep, ascending
     slots: Tensor  # (V,) int32: place in hot_ids, -1 for the others
     mass: Tensor  # (N, G) float32: Σ p softcap' of dropped entries
@@ -137,8 +135,7 @@ def lower_bounds(
     n, v = e.shape[0], c.shape[0]
     strided = min(SAMPLED_COLUMNS, v)
     ids, counts, anchors = torch.ops.cce.bound_columns(
-        targets, order, count, v, call.vocab_start, strided, min(SAMPLED_TARGETS, n),
-        min(DISTINCT_TARGETS, n),
+        targets, order, count, v, call.vocab_start, strided, min(FREQUENT_TARGETS, v)
     )  # fmt: skip
     columns = _joined(c, ids, e, anchors).T
     b_columns = None if lora_b is None else _joined(lora_b, ids, u, anchors).T
@@ -241,11 +238,10 @@ def sort_entries(
     vocab_total: int,
     eps: float,
 ) -> Lists:
-    """Kept entries by row and by column, the mass of the others, what the sampled rows drop. found:
-    its pool and counts are not needed. Overwrites the keys and logits of what was selected, and the
-    levels."""
+    """Kept entries by row, the mass of the others, what the sampled rows drop. found: its pool and
+    counts are not needed. Overwrites the levels."""
     keys, logits, exact, row_first, hot_ids, slots, tally = selected
-    *entries, row_hot, column_first, mass, exact_rows = torch.ops.cce.sort_kept(
+    *entries, row_hot, mass, exact_rows = torch.ops.cce.sort_kept(
         keys, logits, exact, row_first, found.max_sum, found.capped, bounds.order, bounds.count,
         lse, shard_size, softcap,
     )  # fmt: skip
@@ -254,8 +250,8 @@ def sort_entries(
         exact_rows, shard_size, eps, softcap, ignore_index, vocab_start, vocab_total,
     )  # fmt: skip
     return Lists(
-        *entries, row_first, row_hot, column_first, hot_ids, slots, mass, exact_rows, bounds.order,
-        found.sample, weight, bounds.classes, tail_sums, tally,
+        *entries, row_first, row_hot, hot_ids, slots, mass, exact_rows, bounds.order, found.sample,
+        weight, bounds.classes, tail_sums, tally,
     )  # fmt: skip
 
 
@@ -283,10 +279,8 @@ def fake_lists(like: Tensor, n: int, v: int, capacity: int) -> Lists:
         new(capacity),
         new(capacity),
         new(capacity, dtype=torch.float32),
-        new(capacity),
         new(n + 1),
         new(n),
-        new(v + 1),
         new(min(HOT_IDS, v), dtype=torch.int64),
         new(v),
         new(n, tail.groups(v), dtype=torch.float32),

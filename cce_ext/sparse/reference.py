@@ -13,7 +13,7 @@ from torch import Tensor
 from cce_ext.options import LossOptions
 from cce_ext.reference import logits
 from cce_ext.sparse import tail
-from cce_ext.sparse.forward import DISTINCT_TARGETS, ROW_BLOCK, SAMPLED_COLUMNS, SAMPLED_TARGETS
+from cce_ext.sparse.forward import FREQUENT_TARGETS, ROW_BLOCK, SAMPLED_COLUMNS
 
 
 class SparseGradients(NamedTuple):
@@ -75,20 +75,17 @@ def sampled_columns(vocab: int, device: torch.device | str = "cpu") -> Tensor:
     return torch.arange(count, device=device) * vocab // count
 
 
-def sampled_targets(targets: Tensor, start: int, vocab: int) -> Tensor:
-    """The distinct ids of a shard among up to SAMPLED_TARGETS targets (those that count) at equal
-    distances, the first DISTINCT_TARGETS of them; start, vocab: the shard's first id and size.
+def frequent_targets(targets: Tensor, start: int, vocab: int) -> Tensor:
+    """Up to FREQUENT_TARGETS of a shard's ids that are targets most often, ascending; of equal
+    ones, as are those that are targets 4095 times and more, the smaller ids. targets: of the rows
+    that count; start, vocab: the shard's first id and size.
 
     The ids that a batch has as targets are those that its rows give mass: the lse over them is a
     lower bound of the lse that is close wherever the vocabulary's order says nothing.
     """
-    count = min(SAMPLED_TARGETS, targets.shape[0])
-    ids = targets[torch.arange(count) * targets.shape[0] // max(1, count)] - start
-    ids = ids[(ids >= 0) & (ids < vocab)]
-    distinct, which = torch.unique(ids, return_inverse=True)
-    places = torch.arange(len(ids), device=ids.device)
-    first = torch.full_like(distinct, len(ids)).scatter_reduce(0, which, places, "amin")
-    return distinct[first.argsort()[:DISTINCT_TARGETS]]
+    ids = targets.long() - start
+    counts = torch.bincount(ids[(ids >= 0) & (ids < vocab)], minlength=vocab).clamp(max=4095)
+    return counts.argsort(descending=True, stable=True)[:FREQUENT_TARGETS].sort().values
 
 
 def sparse_gradients(
@@ -136,7 +133,7 @@ def sparse_gradients(
     a = d + upstream(dlse)
 
     # Forward: candidates; finish: what is kept, and the mass of what is not.
-    frequent = sampled_targets(targets[valid], shard.start, vocab)
+    frequent = frequent_targets(targets[valid], shard.start, vocab)
     strided = sampled_columns(vocab, z.device)
     bound = sample_bound(z, strided, frequent)
     own = torch.where(here, z.gather(1, slot[:, None])[:, 0], -torch.inf)

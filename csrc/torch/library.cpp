@@ -51,12 +51,11 @@ STABLE_TORCH_LIBRARY(cce, m) {
       "Tensor target_logit, Tensor starts, float eps, int capacity, int samples) -> (Tensor nll, "
       "Tensor lse, Tensor logit_sum, Tensor max_logit, Tensor argmax, Tensor entropy, "
       "Tensor max_sum, Tensor capped, Tensor pool, Tensor counts, Tensor levels)");
-  // bound_columns: ids and whether each counts, and rows to tell classes by. select_kept: kept entries with keys to sort
-  // them by, and the hot ids. sort_kept: entries sorted by row and by id, and what the others weigh; the unsorted ones are
-  // lost.
+  // bound_columns: ids, first strided ones and whether each counts, and rows to tell classes by. select_kept: kept entries with keys to sort
+  // them by, and the hot ids. sort_kept: entries sorted by row and, in it, by id, and what the others weigh.
   m.def(
       "bound_columns(Tensor targets, Tensor row_order, Tensor row_count, int shard_size, "
-      "int vocab_start, int strided, int sampled, int distinct) -> (Tensor ids, Tensor counts, "
+      "int vocab_start, int strided, int frequent) -> (Tensor ids, Tensor counts, "
       "Tensor anchors)");
   m.def(
       "select_kept(Tensor pool, Tensor counts, Tensor row_order, Tensor row_count, "
@@ -65,10 +64,10 @@ STABLE_TORCH_LIBRARY(cce, m) {
       "-> (Tensor keys, Tensor logits, Tensor exact, Tensor row_first, Tensor hot_ids, "
       "Tensor slots, Tensor tally)");
   m.def(
-      "sort_kept(Tensor(a!) keys, Tensor(b!) logits, Tensor exact, Tensor row_first, "
-      "Tensor max_sum, Tensor capped, Tensor row_order, Tensor row_count, Tensor lse, "
-      "int shard_size, float softcap) -> (Tensor rows, Tensor ids, Tensor sorted_logits, "
-      "Tensor order, Tensor row_hot, Tensor column_first, Tensor mass, Tensor exact_rows)");
+      "sort_kept(Tensor keys, Tensor logits, Tensor exact, Tensor row_first, Tensor max_sum, "
+      "Tensor capped, Tensor row_order, Tensor row_count, Tensor lse, int shard_size, "
+      "float softcap) -> (Tensor rows, Tensor ids, Tensor sorted_logits, Tensor row_hot, "
+      "Tensor mass, Tensor exact_rows)");
   // level_sums: what the sampled rows drop, by class and id, and what each of them counts (0 of exact rows); overwrites the
   // levels of targets.
   m.def(
@@ -102,6 +101,10 @@ STABLE_TORCH_LIBRARY(cce, m) {
       "entry_weights(Tensor row_first, Tensor rows, Tensor ids, Tensor logits, Tensor a, Tensor d, "
       "Tensor lse, Tensor targets, float softcap, float logit_scale, float label_smoothing, "
       "int vocab_start, Tensor slots, Tensor(a!) dense, Tensor unit) -> Tensor");
+  // sort_columns: the numbers of the entries by id, and where an id's start among them.
+  m.def(
+      "sort_columns(Tensor ids, Tensor row_first, int shard_size) -> (Tensor order, "
+      "Tensor column_first)");
   // gather_: out += the listed rows of source. column_gradient_: out = the gradient by columns, of the product of the rows'
   // factors with source, and the list by id.
   m.def(

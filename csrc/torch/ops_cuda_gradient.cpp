@@ -74,6 +74,30 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward_rows_cuda(
   return {exact, exact_share, d_all, order, count, units};
 }
 
+// See the schema. Only one of the two buffers of a sort lives on.
+std::tuple<Tensor, Tensor> sort_columns_cuda(Tensor ids, Tensor row_first, int64_t shard_size) {
+  const Guard guard(ids.get_device_index());
+  cuda::SortColumnsParams p;
+  p.ids = i32(ids, "ids");
+  p.count = i32(row_first, "row_first") + row_first.size(0) - 1;
+  p.capacity = ids.size(0);
+  p.vocab = shard_size;
+  const auto ints = [&](int64_t size) { return empty(ids, {size}, ScalarType::Int); };
+  const Tensor keys = ints(2 * p.capacity), orders[2] = {ints(p.capacity), ints(p.capacity)};
+  const Tensor column_first = ints(shard_size + 1);
+  p.workspace_bytes = cuda::sort_columns_workspace(p.capacity);
+  const Tensor workspace = empty(ids, {static_cast<int64_t>(p.workspace_bytes)}, ScalarType::Byte);
+  for (int i = 0; i < 2; ++i) {
+    p.keys[i] = i32(keys, "keys") + i * p.capacity;
+    p.orders[i] = i32(orders[i], "order");
+  }
+  p.column_first = i32(column_first, "column_first");
+  p.workspace = workspace.mutable_data_ptr();
+  int result = 0;
+  check_cuda(cuda::sort_columns(p, &result, stream_of(ids)), "sort_columns");
+  return {orders[result], column_first};
+}
+
 Tensor entry_weights_cuda(Tensor row_first, Tensor rows, Tensor ids, Tensor logits, Tensor a,
                           Tensor d, Tensor lse, Tensor targets, double softcap, double logit_scale,
                           double label_smoothing, int64_t vocab_start, Tensor slots, Tensor dense,
@@ -231,6 +255,7 @@ STABLE_TORCH_LIBRARY_IMPL(cce, CUDA, m) {
   m.impl("backward_shares", TORCH_BOX(&cce::torch_api::backward_shares_cuda));
   m.impl("backward_rows_", TORCH_BOX(&cce::torch_api::backward_rows_cuda));
   m.impl("entry_weights", TORCH_BOX(&cce::torch_api::entry_weights_cuda));
+  m.impl("sort_columns", TORCH_BOX(&cce::torch_api::sort_columns_cuda));
   m.impl("gather_", TORCH_BOX(&cce::torch_api::gather_cuda));
   m.impl("column_gradient_", TORCH_BOX(&cce::torch_api::column_gradient_cuda));
   m.impl("exact_rows_", TORCH_BOX(&cce::torch_api::exact_rows_cuda));

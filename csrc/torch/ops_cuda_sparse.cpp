@@ -28,29 +28,62 @@ Tensor target_logits_cuda(Tensor e, Tensor c, Tensor targets, std::optional<Tens
   return gather_target_logits(in, Order(row_order, row_count), fp32_bias(in.bias), stream_of(e));
 }
 
+// Counts of ids, zeros at first, and what choosing the largest of them adds up from zero, too; room for more zeros after them.
+struct Tallies {
+  int64_t vocab, padded;  // counts are read four at a time
+  Tensor all;
+
+  Tallies(const Tensor& like, int64_t size, int64_t more = 0)
+      : vocab(size),
+        padded(ceil_div(size, 4) * 4),
+        all(zeroed(like, padded + cuda::kHotBins + more, ScalarType::Int)) {}
+  int32_t* counts() const { return i32(all, "tallies"); }
+  int32_t* bins() const { return counts() + padded; }
+  int32_t* more() const { return bins() + cuda::kHotBins; }
+};
+
+// Writes the `hot` ids with the largest counts; returns their places by id (V,).
+Tensor choose_ids(const Tallies& tallies, int64_t* ids, int64_t hot) {
+  const Tensor slots = empty(tallies.all, {tallies.vocab}, ScalarType::Int);
+  const Tensor places = empty(tallies.all, {2 * cuda::kHotBlocks}, ScalarType::Int);
+  cuda::HotIdsParams p;
+  p.counts = tallies.counts();
+  p.vocab = tallies.vocab;
+  p.hot = static_cast<int>(hot);
+  p.bins = tallies.bins();
+  p.places = i32(places, "places");
+  p.ids = ids;
+  p.slots = i32(slots, "slots");
+  check_cuda(cuda::hot_ids(p, stream_of(slots)), "hot_ids");
+  return slots;
+}
+
 std::tuple<Tensor, Tensor, Tensor> bound_columns_cuda(Tensor targets, Tensor row_order,
                                                       Tensor row_count, int64_t shard_size,
                                                       int64_t vocab_start, int64_t strided,
-                                                      int64_t sampled, int64_t distinct) {
+                                                      int64_t frequent) {
   const Guard guard(targets.get_device_index());
-  STD_TORCH_CHECK(distinct <= sampled,
-                  "there are as many distinct targets as sampled ones at most");
-  Tensor ids = empty(targets, {strided + distinct}, ScalarType::Long);
-  Tensor counts = empty(targets, {strided + distinct}, ScalarType::Byte);
-  Tensor anchors = empty(targets, {cuda::kTailClasses}, ScalarType::Long);
+  const cudaStream_t stream = stream_of(targets);
+  const Tensor ids = empty(targets, {strided + frequent}, ScalarType::Long);
+  const Tensor counts = empty(targets, {strided}, ScalarType::Byte);
+  const Tensor anchors = empty(targets, {cuda::kTailClasses}, ScalarType::Long);
+  const Tallies tallies(targets, shard_size);
   cuda::BoundColumnsParams p;
   p.targets = i64(targets, "targets");
   p.order = Order(row_order, row_count).view();
+  p.n = targets.size(0);
   p.vocab = shard_size;
   p.vocab_start = vocab_start;
+  p.target_counts = tallies.counts();
+  check_cuda(cuda::count_targets(p, stream), "count_targets");
+  const Tensor slots = choose_ids(tallies, i64(ids, "ids") + strided, frequent);
+  p.slots = i32(slots, "slots");
   p.strided = static_cast<int>(strided);
-  p.sampled = static_cast<int>(sampled);
-  p.distinct = static_cast<int>(distinct);
   p.classes = cuda::kTailClasses;
   p.ids = i64(ids, "ids");
   p.counts = u8(counts, "counts");
   p.anchors = i64(anchors, "anchors");
-  check_cuda(cuda::bound_columns(p, stream_of(targets)), "bound_columns");
+  check_cuda(cuda::bound_columns(p, stream), "bound_columns");
   return {ids, counts, anchors};
 }
 
@@ -59,15 +92,17 @@ std::tuple<Tensor, Tensor, Tensor> row_bounds_cuda(Tensor products, std::optiona
                                                    int64_t strided, int64_t vocab, double eps,
                                                    double softcap, double logit_scale) {
   const Guard guard(products.get_device_index());
-  STD_TORCH_CHECK(products.size(1) == counts.size(0) + cuda::kTailClasses,
-                  "products must have a column for each of counts and for each class");
+  STD_TORCH_CHECK(
+      counts.size(0) == strided && products.size(1) >= strided + cuda::kTailClasses,
+      "products must have the strided columns and one for each class, counts a flag for "
+      "each strided one");
   cuda::BoundParams p;
   p.products = f32(products, "products");
   p.bias = fp32_vector(bias, "bias");
   p.counts = u8(counts, "counts");
   p.target_logit = f32(target_logit, "target_logit");
   p.rows = products.size(0);
-  p.columns = static_cast<int>(counts.size(0));
+  p.columns = static_cast<int>(products.size(1)) - cuda::kTailClasses;
   p.classes = cuda::kTailClasses;
   p.strided = static_cast<int>(strided);
   p.vocab = vocab;
@@ -173,46 +208,15 @@ cuda::KeepParams keep_params(const Tensor& pool, const Tensor& counts, const Ten
   return p;
 }
 
-// (N, groups): Σ p softcap' of each row's and group's dropped entries.
-Tensor dropped_mass(Tensor max_sum, Tensor capped, Tensor first, Tensor hot, Tensor ids,
-                    Tensor logits, Tensor row_order, Tensor row_count, Tensor lse,
-                    int64_t shard_size, double softcap) {
-  cuda::MassParams p;
-  p.n = lse.size(0);
-  p.splits = static_cast<int>(max_sum.size(0));
-  p.groups = static_cast<int>(ceil_div(shard_size, kGroupCols));
-  // Splits are groups, or groups cut into equal parts.
-  const auto fits = [&](int parts) {
-    return kGroupCols % parts == 0 && ceil_div(shard_size, kGroupCols / parts) == p.splits;
+// How the forward's splits make groups: they are groups, or groups cut into equal parts.
+int splits_of_a_group(int64_t splits, int64_t vocab) {
+  int parts = 1;
+  const auto fits = [&] {
+    return kGroupCols % parts == 0 && ceil_div(vocab, kGroupCols / parts) == splits;
   };
-  while (!fits(p.splits_per_group)) {
-    STD_TORCH_CHECK(++p.splits_per_group <= kGroupCols,
-                    "max_sum does not belong to this vocabulary");
-  }
-  Tensor mass = empty(lse, {p.n, p.groups}, ScalarType::Float);
-  p.partials.max_sum = reinterpret_cast<float2*>(f32(max_sum, "max_sum"));
-  if (capped.size(0) > 0) p.partials.capped = f32(capped, "capped");
-  p.first = i32(first, "first");
-  p.hot = i32(hot, "hot");
-  p.ids = i32(ids, "ids");
-  p.logits = f32(logits, "logits");
-  p.order = Order(row_order, row_count).view();
-  p.lse = f32(lse, "lse");
-  p.options.softcap = softcap;
-  p.mass = floats(mass);
-  check_cuda(cuda::dropped_mass(p, stream_of(lse)), "dropped_mass");
-  return mass;
-}
-
-// Sorts pairs by the keys' low bits. The workspace is a second copy of both. While the pool of candidates is there, memory is
-// higher than here in any case.
-void sort_pairs(const Tensor& like, const int32_t* keys, const int32_t* values, int32_t* keys_out,
-                int32_t* values_out, int64_t count, int bits) {
-  const size_t bytes = cuda::sort_pairs_workspace(count);
-  const Tensor workspace = empty(like, {static_cast<int64_t>(bytes)}, ScalarType::Byte);
-  check_cuda(cuda::sort_pairs(keys, values, keys_out, values_out, count, bits,
-                              workspace.mutable_data_ptr(), bytes, stream_of(like)),
-             "sort_pairs");
+  while (!fits())
+    STD_TORCH_CHECK(++parts <= kGroupCols, "max_sum does not belong to this vocabulary");
+  return parts;
 }
 
 // See the schemas and cce_ext/sparse/forward.py. Two ops, because the caller can let go of the pool between them.
@@ -227,12 +231,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> select_kept_c
   cuda::KeepParams keep =
       keep_params(pool, counts, bound2, row_order, row_count, lse, target_logit, targets, eps,
                   ignore_index, shard_size, vocab_start, vocab_total);
-  // What is added up from zero; counts of ids are read four at a time.
-  const int64_t padded_vocab = ceil_div(shard_size, 4) * 4;
-  const Tensor tallies = zeroed(lse, padded_vocab + 2 * cuda::kHotBins + blocks, ScalarType::Int);
-  keep.column_counts = i32(tallies, "tallies");
-  int32_t* const bins = keep.column_counts + padded_vocab;
-  keep.kept = bins + 2 * cuda::kHotBins;
+  const Tallies tallies(lse, shard_size, blocks);
+  keep.column_counts = tallies.counts();
+  keep.kept = tallies.more();
   const Tensor row_counts = ints(blocks * cuda::kKeepParts * cuda::kRowBlock);
   keep.row_counts = i32(row_counts, "row_counts");
   const Tensor exact = empty(lse, {blocks}, ScalarType::Byte);
@@ -255,24 +256,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> select_kept_c
   check_cuda(cuda::place_kept(place, stream), "place_kept");
 
   const Tensor hot_ids = empty(lse, {hot}, ScalarType::Long);
-  const Tensor slots = ints(shard_size), places = ints(2 * cuda::kHotBlocks);
-  cuda::HotIdsParams choose;
-  choose.counts = keep.column_counts;
-  choose.n = n;
-  choose.vocab = shard_size;
-  choose.hot = static_cast<int>(hot);
-  choose.bins = bins;
-  choose.places = i32(places, "places");
-  choose.ids = i64(hot_ids, "hot_ids");
-  choose.slots = i32(slots, "slots");
-  check_cuda(cuda::hot_ids(choose, stream), "hot_ids");
+  const Tensor slots = choose_ids(tallies, i64(hot_ids, "hot_ids"), hot);
 
   // A key: one bit for hot ids, id.
   const Tensor keys = ints(capacity);
   const Tensor logits = empty(lse, {capacity}, ScalarType::Float);
   keep.first = place.first;
   keep.row_first = i32(row_first, "row_first");
-  keep.slots = choose.slots;
+  keep.slots = i32(slots, "slots");
   keep.id_bits = bit_length(shard_size);
   keep.keys = i32(keys, "keys");
   keep.logits = f32(logits, "logits");
@@ -280,25 +271,22 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> select_kept_c
   return {keys, logits, exact, row_first, hot_ids, slots, tally};
 }
 
-using Lists = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
-
-Lists sort_kept_cuda(Tensor keys, Tensor logits, Tensor exact, Tensor row_first, Tensor max_sum,
-                     Tensor capped, Tensor row_order, Tensor row_count, Tensor lse,
-                     int64_t shard_size, double softcap) {
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> sort_kept_cuda(
+    Tensor keys, Tensor logits, Tensor exact, Tensor row_first, Tensor max_sum, Tensor capped,
+    Tensor row_order, Tensor row_count, Tensor lse, int64_t shard_size, double softcap) {
   const Guard guard(lse.get_device_index());
   const cudaStream_t stream = stream_of(lse);
   const int64_t n = lse.size(0), capacity = keys.size(0);
   const auto ints = [&](int64_t size) { return empty(lse, {size}, ScalarType::Int); };
   const Tensor rows = ints(capacity), ids = ints(capacity);
   const Tensor sorted_logits = empty(lse, {capacity}, ScalarType::Float);
-  const Tensor row_hot = ints(n), column_first = ints(shard_size + 1);
+  const Tensor row_hot = ints(n);
   const Tensor exact_rows = empty(lse, {n}, ScalarType::Bool);
   cuda::SortRowsParams sort;
   sort.keys = i32(keys, "keys");
   sort.logits = f32(logits, "logits");
   sort.row_first = i32(row_first, "row_first");
   sort.id_bits = bit_length(shard_size);
-  sort.capacity = capacity;
   sort.n = n;
   sort.order = Order(row_order, row_count).view();
   sort.exact = u8(exact, "exact");
@@ -307,20 +295,17 @@ Lists sort_kept_cuda(Tensor keys, Tensor logits, Tensor exact, Tensor row_first,
   sort.sorted_logits = f32(sorted_logits, "logits");
   sort.row_hot = i32(row_hot, "row_hot");
   sort.exact_rows = static_cast<uint8_t*>(exact_rows.mutable_data_ptr());
+  sort.splits = static_cast<int>(max_sum.size(0));
+  sort.splits_per_group = splits_of_a_group(sort.splits, shard_size);
+  sort.groups = static_cast<int>(ceil_div(shard_size, kGroupCols));
+  sort.partials.max_sum = reinterpret_cast<float2*>(f32(max_sum, "max_sum"));
+  if (capped.size(0) > 0) sort.partials.capped = f32(capped, "capped");
+  sort.lse = f32(lse, "lse");
+  sort.options.softcap = softcap;
+  const Tensor mass = empty(lse, {n, sort.groups}, ScalarType::Float);
+  sort.mass = floats(mass);
   check_cuda(cuda::sort_rows(sort, stream), "sort_rows");
-
-  // The caller holds on to keys and unsorted logits, so they become the room for what only the second sort needs.
-  sort.numbers = i32(keys, "keys");
-  check_cuda(cuda::number_entries(sort, stream), "number_entries");
-  int32_t* const sorted_ids = reinterpret_cast<int32_t*>(f32(logits, "logits"));
-  const Tensor order = ints(capacity);
-  sort_pairs(lse, sort.ids, sort.numbers, sorted_ids, i32(order, "order"), capacity, sort.id_bits);
-  check_cuda(cuda::column_starts(sorted_ids, capacity, shard_size,
-                                 i32(column_first, "column_first"), stream),
-             "column_starts");
-  const Tensor mass = dropped_mass(max_sum, capped, row_first, row_hot, ids, sorted_logits,
-                                   row_order, row_count, lse, shard_size, softcap);
-  return {rows, ids, sorted_logits, order, row_hot, column_first, mass, exact_rows};
+  return {rows, ids, sorted_logits, row_hot, mass, exact_rows};
 }
 
 }  // namespace

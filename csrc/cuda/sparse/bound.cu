@@ -1,4 +1,4 @@
-// A lower bound of each row's lse from a thousand of its logits, about what the row will drop, and its class. One warp a row,
+// A lower bound of each row's lse from some hundreds of its logits, about what the row will drop, and its class. One warp a row,
 // no shared memory.
 #include "cuda/common/epilogue.cuh"
 #include "cuda/common/warp.cuh"
@@ -10,12 +10,11 @@ namespace {
 constexpr int kThreads = 128;
 constexpr int kTop = 8;  // the largest strided logits stand for themselves alone
 
-constexpr int kPerLane = kMaxStrided / 32;
-
-// A row's logits, base 2, in columns first to end, kMaxStrided at most, a lane's 32 apart and all on their way at once; -inf for
-// those that do not count.
+// A row's logits, base 2, in columns first to end, 32 kPerLane at most, a lane's 32 apart and all on their way at once; -inf
+// for those that do not count. flags: whether they do, of the first column on, or null: all do.
+template <int kPerLane>
 __device__ __forceinline__ void load_logits(const BoundParams& p, const float* products, int first,
-                                            int end, float (&x)[kPerLane]) {
+                                            int end, const uint8_t* flags, float (&x)[kPerLane]) {
   const float scale = static_cast<float>(p.options.logit_scale),
               cap = static_cast<float>(p.options.softcap), inv_cap = 1.0f / cap;
   const auto column = [&](int i) { return first + 32 * i + static_cast<int>(threadIdx.x % 32); };
@@ -24,7 +23,7 @@ __device__ __forceinline__ void load_logits(const BoundParams& p, const float* p
 #pragma unroll
   for (int i = 0; i < kPerLane; ++i) {
     x[i] = products[there(i)];
-    counts[i] = column(i) < end & p.counts[there(i)] != 0;
+    counts[i] = column(i) < end && (!flags || flags[there(i) - first] != 0);
   }
   if (p.bias) {
 #pragma unroll
@@ -46,14 +45,15 @@ struct Estimate {
   float reference = -INFINITY, largest = 0.0f, rest = 0.0f, squares = 0.0f;
 };
 
-__device__ Estimate estimate_strided(const float (&x)[kPerLane]) {
+constexpr int kStridedPerLane = kMaxStrided / 32;
+__device__ Estimate estimate_strided(const float (&x)[kStridedPerLane]) {
   Estimate e;
   float below = INFINITY;
   // The next smaller value each time; equal values are taken together and count as one, which only lowers the result.
   for (int k = 0; k < kTop; ++k) {
     float top = -INFINITY;
 #pragma unroll
-    for (int i = 0; i < kPerLane; ++i) top = fmaxf(top, x[i] < below ? x[i] : -INFINITY);
+    for (int i = 0; i < kStridedPerLane; ++i) top = fmaxf(top, x[i] < below ? x[i] : -INFINITY);
     top = warp_max(top);
     if (top == -INFINITY) break;
     if (k == 0) e.reference = top;
@@ -62,7 +62,7 @@ __device__ Estimate estimate_strided(const float (&x)[kPerLane]) {
   }
   const float reference = finite_reference(e.reference);
 #pragma unroll
-  for (int i = 0; i < kPerLane; ++i) {
+  for (int i = 0; i < kStridedPerLane; ++i) {
     const float weight = x[i] < below ? ptx::ex2(x[i] - reference) : 0.0f;
     e.rest += weight;
     e.squares = fmaf(weight, weight, e.squares);
@@ -74,10 +74,11 @@ __device__ Estimate estimate_strided(const float (&x)[kPerLane]) {
 
 // Σ over the other columns.
 __device__ RowState add_sampled(const BoundParams& p, const float* products) {
+  constexpr int kPerLane = 8, kAtOnce = 32 * kPerLane;
   RowState state;
-  for (int first = p.strided; first < p.columns; first += kMaxStrided) {
+  for (int first = p.strided; first < p.columns; first += kAtOnce) {
     float x[kPerLane];
-    load_logits(p, products, first, min(first + kMaxStrided, p.columns), x);
+    load_logits(p, products, first, min(first + kAtOnce, p.columns), nullptr, x);
     float top = -INFINITY, sum = 0.0f;
 #pragma unroll
     for (int i = 0; i < kPerLane; ++i) top = fmaxf(top, x[i]);
@@ -90,7 +91,7 @@ __device__ RowState add_sampled(const BoundParams& p, const float* products) {
   return state;
 }
 
-// log2 of what the row's mass comes to at least: the sampled targets and the largest strided columns count for themselves,
+// log2 of what the row's mass comes to at least: the frequent ids and the largest strided columns count for themselves,
 // the other strided ones for the columns between them, of that four standard errors less; but three quarters less than
 // the estimate at most.
 __device__ float least_mass(const Estimate& strided, const RowState& sampled, float stride) {
@@ -107,14 +108,14 @@ __global__ void __launch_bounds__(kThreads) bound_kernel(const __grid_constant__
   if (row >= p.rows) return;
   const float* products = p.products + row * (p.columns + p.classes);
   const float stride = static_cast<float>(p.vocab) / static_cast<float>(p.strided);
-  float strided[kPerLane];
-  load_logits(p, products, 0, p.strided, strided);
+  float strided[kStridedPerLane];
+  load_logits(p, products, 0, p.strided, p.counts, strided);
   float bound = least_mass(estimate_strided(strided), add_sampled(p, products), stride);
   bound = fmaxf(bound, p.target_logit[row] * kLog2E) - kBoundMargin;
   // Of entries below the threshold; nothing jumps where one crosses it, so that rounding draws no other rows.
   float dropped = 0.0f;
 #pragma unroll
-  for (int i = 0; i < kPerLane; ++i) {
+  for (int i = 0; i < kStridedPerLane; ++i) {
     const float w = ptx::ex2(strided[i] - bound);
     dropped += fmaxf(fminf(w, p.eps - w), 0.0f);
   }

@@ -1,8 +1,7 @@
 // From candidates to kept entries, once the lse is final: count, then write, kKeepParts thread blocks a row block of 128 rows,
-// each with every so many candidates, the first with the targets too; then sort, a thread block a row. An
-// entry is kept if its probability reaches the threshold; the target of a row always is, with its own logit. The place
-// inside a row's stretch is first come, first served: the sort makes the order. Between count and write the ids that
-// many rows keep are chosen: entries of such hot ids are sorted to the end of their row and multiplied as a dense matrix.
+// each with every so many candidates, the first with the targets too. An entry is kept if its probability reaches the
+// threshold; the target of a row always is, with its own logit. The place inside a row's stretch is first come, first
+// served: sort_rows makes the order. Between count and write the ids that many rows keep are chosen.
 #include <cub/block/block_scan.cuh>
 
 #include "cuda/common/epilogue.cuh"
@@ -150,76 +149,6 @@ __global__ void __launch_bounds__(kThreads) write_kernel(const __grid_constant__
     write(i, rows.target[i], rows.target_logit[i]);
 }
 
-// Buckets of keys, in their order: for ids that are hot and others, sixteen an octave of id + offset, so that frequent ids,
-// which are usually the small ones, have buckets of their own too.
-constexpr int kSortThreads = 128, kBucketsEach = 3, kBuckets = kSortThreads * kBucketsEach;
-constexpr int kOffsetOctaves = 8;  // below the vocabulary's size
-__device__ __forceinline__ int bucket_of(int key, int id_bits) {
-  const int offset = 1 << (id_bits > kOffsetOctaves ? id_bits - kOffsetOctaves : 0);
-  const auto sixteenth = [](int x) {  // of an octave, by the exponent and four more bits
-    return static_cast<int>(__float_as_uint(__int2float_rz(x)) >> 19);
-  };
-  const int id = key & ((1 << id_bits) - 1);
-  const int bucket = sixteenth(id + offset) - sixteenth(offset);
-  return (key >> id_bits) * (kBuckets / 2) + bucket;
-}
-static_assert(16 * kOffsetOctaves < kBuckets / 2);
-
-constexpr int kTile = 2048;  // keys in shared memory
-
-// A row's entries by key, which no two share: into buckets, then each behind those of its bucket that are smaller.
-__global__ void __launch_bounds__(kSortThreads)
-    sort_kernel(const __grid_constant__ SortRowsParams p) {
-  using Scan = cub::BlockScan<int, kSortThreads>;
-  __shared__ typename Scan::TempStorage storage;
-  __shared__ int tile[kTile], first[kBuckets + 1], next[kBuckets];
-  const int64_t position = blockIdx.x;
-  const int begin = p.row_first[position], count = p.row_first[position + 1] - begin;
-  const int row = p.order.rows[position];
-  const int32_t* keys = p.keys + begin;
-  // Where the keys are by bucket: of a long row, in what will be its rows.
-  int* const bucketed = count <= kTile ? tile : p.rows + begin;
-  const int b = threadIdx.x * kBucketsEach;
-#pragma unroll
-  for (int i = 0; i < kBucketsEach; ++i) next[b + i] = 0;
-  __syncthreads();
-  for (int i = threadIdx.x; i < count; i += kSortThreads)
-    atomicAdd(next + bucket_of(keys[i], p.id_bits), 1);
-  __syncthreads();
-  int starts[kBucketsEach];
-#pragma unroll
-  for (int i = 0; i < kBucketsEach; ++i) starts[i] = next[b + i];
-  Scan(storage).ExclusiveSum(starts, starts);
-#pragma unroll
-  for (int i = 0; i < kBucketsEach; ++i) first[b + i] = next[b + i] = starts[i];
-  if (threadIdx.x == 0) first[kBuckets] = count;
-  __syncthreads();
-  for (int i = threadIdx.x; i < count; i += kSortThreads)
-    bucketed[atomicAdd(next + bucket_of(keys[i], p.id_bits), 1)] = keys[i];
-  __syncthreads();
-  for (int i = threadIdx.x; i < count; i += kSortThreads) {
-    const int key = keys[i], bucket = bucket_of(key, p.id_bits), end = first[bucket + 1];
-    int at = begin + first[bucket];
-    for (int j = first[bucket]; j < end; ++j) at += bucketed[j] < key;
-    p.ids[at] = key & ((1 << p.id_bits) - 1);
-    p.sorted_logits[at] = p.logits[begin + i];
-  }
-  __syncthreads();
-  for (int i = threadIdx.x; i < count; i += kSortThreads) p.rows[begin + i] = row;
-  if (threadIdx.x != 0) return;
-  p.row_hot[position] = begin + first[kBuckets / 2];
-  p.exact_rows[row] = position < *p.order.count && p.exact[position / kRows];
-}
-
-// 0, 1, 2, ... for all places, and an id beyond all where no entry is.
-__global__ void __launch_bounds__(kThreads)
-    number_kernel(const __grid_constant__ SortRowsParams p) {
-  const int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
-  if (i >= p.capacity) return;
-  p.numbers[i] = static_cast<int32_t>(i);
-  if (i >= p.row_first[p.n]) p.ids[i] = (1 << p.id_bits) - 1;
-}
-
 dim3 grid(const KeepParams& p) {
   return dim3(static_cast<unsigned>((p.n + kRows - 1) / kRows), kKeepParts);
 }
@@ -235,19 +164,6 @@ cudaError_t count_kept(const KeepParams& params, cudaStream_t stream) {
 cudaError_t write_kept(const KeepParams& params, cudaStream_t stream) {
   if (params.n == 0) return cudaSuccess;
   write_kernel<<<grid(params), kThreads, 0, stream>>>(params);
-  return cudaGetLastError();
-}
-
-cudaError_t sort_rows(const SortRowsParams& params, cudaStream_t stream) {
-  if (params.n == 0) return cudaSuccess;
-  sort_kernel<<<static_cast<unsigned>(params.n), kSortThreads, 0, stream>>>(params);
-  return cudaGetLastError();
-}
-
-cudaError_t number_entries(const SortRowsParams& params, cudaStream_t stream) {
-  if (params.capacity == 0) return cudaSuccess;
-  const auto blocks = static_cast<unsigned>((params.capacity + kThreads - 1) / kThreads);
-  number_kernel<<<blocks, kThreads, 0, stream>>>(params);
   return cudaGetLastError();
 }
 

@@ -12,13 +12,13 @@ namespace cce::cuda {
 // ---- before the forward ----
 
 // Strided columns at most: a warp holds them in registers.
-constexpr int kMaxStrided = 512;
+constexpr int kMaxStrided = 384;
 
 struct BoundParams {
   const float* products =
       nullptr;  // (rows, columns + classes): raw products with the sampled columns and the anchors
   const float* bias = nullptr;          // (columns,) or null
-  const uint8_t* counts = nullptr;      // (columns,): 0 for columns that are there twice
+  const uint8_t* counts = nullptr;      // (strided,): 0 for columns that are among the others too
   const float* target_logit = nullptr;  // (rows,)
   int64_t rows = 0;
   int columns = 0, classes = 0;
@@ -38,18 +38,20 @@ constexpr float kLeastShare = 0x1p-8f;
 struct BoundColumnsParams {
   const int64_t* targets = nullptr;  // (N,)
   RowOrder order;
+  int64_t n = 0;
   int64_t vocab = 0, vocab_start = 0;  // this shard's
   int strided = 0;                     // columns at equal distances
-  int sampled = 0;         // targets of rows at equal distances that are looked at, 1024 at most
-  int distinct = 0;        // of their ids as many as there is room for
-  int classes = 0;         // as many anchors
-  int64_t* ids = nullptr;  // (strided + distinct,)
-  uint8_t* counts =
-      nullptr;  // likewise: 0 for strided ids that are there as targets, and where there is no target
-  int64_t* anchors = nullptr;  // (classes,): rows at equal distances; 0 if none count
+  const int32_t* slots = nullptr;  // (V,): -1 for ids that are not among the most frequent targets
+  int classes = 0;                 // as many anchors
+  int64_t* ids = nullptr;          // (strided,)
+  uint8_t* counts = nullptr;       // likewise: 0 for ids that are among the most frequent targets
+  int64_t* anchors = nullptr;      // (classes,): rows at equal distances; 0 if none count
+  int32_t* target_counts = nullptr;  // (V,), must be zero
 };
 
-// The columns whose logits bound the lse from below, and the rows that tell the classes of tails.
+// How often each id of the shard is a target.
+cudaError_t count_targets(const BoundColumnsParams& params, cudaStream_t stream);
+// The columns at equal distances whose logits bound the lse from below, and the rows that tell the classes of tails.
 cudaError_t bound_columns(const BoundColumnsParams& params, cudaStream_t stream);
 
 // A lower bound of each row's lse, from above by at most a factor for odd rows; see cce_ext/sparse/reference.py. And its class.
@@ -73,6 +75,22 @@ struct DrawRowsParams {
 
 // The rows whose tails stand for all: at equal steps of the cumulated share of those that count; all, if they are few.
 cudaError_t draw_rows(const DrawRowsParams& params, cudaStream_t stream);
+
+constexpr int kHotBins = 4096, kHotBlocks = 64;
+
+struct HotIdsParams {
+  const int32_t* counts = nullptr;  // (V, and zeros up to a multiple of four)
+  int64_t vocab = 0;
+  int hot = 0;
+  int32_t* bins = nullptr;    // (kHotBins,): workspace, must be zero
+  int32_t* places = nullptr;  // (2, kHotBlocks): workspace
+  int64_t* ids = nullptr;     // (hot,)
+  int32_t* slots = nullptr;   // (V,)
+};
+
+// The `hot` ids with the largest counts, the smaller id first, ascending, and their places, -1 for the others. Counts of
+// kHotBins - 1 and more are equal.
+cudaError_t hot_ids(const HotIdsParams& params, cudaStream_t stream);
 
 // ---- after the forward ----
 
@@ -125,71 +143,46 @@ struct PlaceParams {
 // Where count_kept's entries go.
 cudaError_t place_kept(const PlaceParams& params, cudaStream_t stream);
 
-constexpr int kHotBins = 4096, kHotBlocks = 64;
-
-struct HotIdsParams {
-  const int32_t* counts = nullptr;  // (V, and zeros up to a multiple of four), none above n < 2^24
-  int64_t n = 0, vocab = 0;
-  int hot = 0;
-  int32_t* bins = nullptr;    // (2, kHotBins): workspace, must be zero
-  int32_t* places = nullptr;  // (2, kHotBlocks): workspace
-  int64_t* ids = nullptr;     // (hot,)
-  int32_t* slots = nullptr;   // (V,)
-};
-
-// The `hot` ids with the largest counts, the smaller id first, ascending, and their places, -1 for the others.
-cudaError_t hot_ids(const HotIdsParams& params, cudaStream_t stream);
-
 struct SortRowsParams {
   const int32_t* keys = nullptr;       // (capacity,), by write_kept
   const float* logits = nullptr;       // (capacity,)
   const int32_t* row_first = nullptr;  // (N + 1,)
   int id_bits = 0;
-  int64_t capacity = 0, n = 0;
+  int64_t n = 0;
   RowOrder order;
   const uint8_t* exact = nullptr;  // (row blocks,)
-  // By sort_rows, places that no entry has being left as they are:
+  Partials partials;               // (splits, N) by position
+  int splits_per_group = 1, splits = 0, groups = 0;
+  const float* lse = nullptr;  // (N,) by row
+  core::LossOptions options;
+  // Results, places that no entry has being left as they are:
   int32_t* ids = nullptr;          // (capacity,)
   int32_t* rows = nullptr;         // (capacity,)
   float* sorted_logits = nullptr;  // (capacity,)
   int32_t* row_hot = nullptr;      // (N,): where those of hot ids start
   uint8_t* exact_rows = nullptr;   // (N,) by row
-  // By number_entries, which also gives an id beyond all to the places that no entry has:
-  int32_t* numbers = nullptr;  // (capacity,): 0, 1, 2, ...; may be `keys`
-};
-
-// The entries of each row in the order of their keys.
-cudaError_t sort_rows(const SortRowsParams& params, cudaStream_t stream);
-cudaError_t number_entries(const SortRowsParams& params, cudaStream_t stream);
-
-// Where each id's entries start in sorted_ids (capacity,); column_first (V + 1,).
-cudaError_t column_starts(const int32_t* sorted_ids, int64_t capacity, int64_t vocab,
-                          int32_t* column_first, cudaStream_t stream);
-
-// Sorts pairs by the keys' low `bits`, stable.
-size_t sort_pairs_workspace(int64_t count);
-cudaError_t sort_pairs(const int32_t* keys, const int32_t* values, int32_t* keys_out,
-                       int32_t* values_out, int64_t count, int bits, void* workspace, size_t bytes,
-                       cudaStream_t stream);
-
-struct MassParams {
-  Partials partials;  // (splits, N) by position
-  int splits_per_group = 1, splits = 0;
-  const int32_t* first = nullptr;  // (N + 1,): where a position's entries start
-  const int32_t* hot = nullptr;    // (N,): where those of hot ids start
-  const int32_t* ids = nullptr;    // (capacity,)
-  const float* logits = nullptr;   // (capacity,)
-  RowOrder order;
-  const float* lse = nullptr;  // (N,) by row
-  int64_t n = 0;
-  int groups = 0;
-  core::LossOptions options;
   float* mass = nullptr;  // (N, groups) by row: Σ p softcap' of the group's dropped entries
 };
 
-cudaError_t dropped_mass(const MassParams& params, cudaStream_t stream);
+// The entries of each row in the order of their keys, and what the row drops.
+cudaError_t sort_rows(const SortRowsParams& params, cudaStream_t stream);
 
 // ---- backward ----
+
+struct SortColumnsParams {
+  const int32_t* ids = nullptr;    // (capacity,), by row
+  const int32_t* count = nullptr;  // (1,): how many there are
+  int64_t capacity = 0, vocab = 0;
+  int32_t* keys[2] = {};            // (capacity,) each: workspace
+  int32_t* orders[2] = {};          // (capacity,) each: workspace, one of them the result
+  int32_t* column_first = nullptr;  // (V + 1,): where each id's entries start in the order
+  void* workspace = nullptr;        // of sort_columns_workspace bytes
+  size_t workspace_bytes = 0;
+};
+
+size_t sort_columns_workspace(int64_t capacity);
+// Entries by id, those of one id as they were: their numbers are orders[*result].
+cudaError_t sort_columns(const SortColumnsParams& params, int* result, cudaStream_t stream);
 
 // What a block of backward_rows finds in its rows, for the others.
 constexpr int kRowsBlocks = 64;

@@ -1,9 +1,7 @@
 // The small steps around the lists of kept entries: which columns bound the lse, where each row block's entries go, which ids
-// are hot, where each id's entries start. One block where everything depends on everything, one thread a boundary
-// elsewhere; hot ids by a cooperative grid.
+// are hot. One block where everything depends on everything; hot ids by a cooperative grid; a thread a row or a column elsewhere.
 #include <cooperative_groups.h>
 
-#include <cub/block/block_radix_sort.cuh>
 #include <cub/block/block_reduce.cuh>
 #include <cub/block/block_scan.cuh>
 
@@ -15,69 +13,23 @@ namespace {
 
 constexpr int kBlock = 1024, kThreads = 256;
 
-// The first of `count` ascending values that is not below `bound`.
-template <typename T>
-__device__ int64_t first_not_below(const T* values, int64_t count, T bound) {
-  int64_t low = 0, high = count;
-  while (low < high) {
-    const int64_t middle = (low + high) / 2;
-    if (values[middle] < bound)
-      low = middle + 1;
-    else
-      high = middle;
-  }
-  return low;
+// A thread a row that counts.
+__global__ void __launch_bounds__(kThreads)
+    count_targets_kernel(const __grid_constant__ BoundColumnsParams p) {
+  const int64_t position = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
+  if (position >= *p.order.count) return;
+  const int64_t local = p.targets[p.order.rows[position]] - p.vocab_start;
+  if (local >= 0 && local < p.vocab) atomicAdd(p.target_counts + local, 1);
 }
 
-// Sampled columns: equal steps through the vocabulary, then the distinct ids among targets at equal steps through the rows, the
-// first ones if there are too many. What is both counts as a target.
-__global__ void __launch_bounds__(kBlock)
+// A thread a column.
+__global__ void __launch_bounds__(kThreads)
     bound_columns_kernel(const __grid_constant__ BoundColumnsParams p) {
-  using Sort = cub::BlockRadixSort<uint32_t, kBlock, 1, int>;
-  using Scan = cub::BlockScan<int, kBlock>;
-  __shared__ union {
-    typename Sort::TempStorage sort;
-    typename Scan::TempStorage scan;
-  } storage;
-  __shared__ uint32_t sorted[kBlock];
-  __shared__ uint16_t sample_of[kBlock];  // of a sorted id
-  __shared__ uint32_t chosen[kBlock];  // by sample: its id, if none before has it and there is room
-  const int i = threadIdx.x;
-  const auto none = static_cast<uint32_t>(p.vocab);  // beyond all ids
-  uint32_t id[1] = {none};
-  if (i < p.sampled) {
-    const int64_t place = static_cast<int64_t>(i) * *p.order.count / p.sampled;
-    const int64_t local = p.targets[p.order.rows[place]] - p.vocab_start;
-    if (local >= 0 && local < p.vocab) id[0] = static_cast<uint32_t>(local);
-  }
-  int sample[1] = {i};
-  Sort(storage.sort).Sort(id, sample, 0, 32 - __clz(none));  // stable
-  sorted[i] = id[0];
-  sample_of[i] = static_cast<uint16_t>(sample[0]);
-  __syncthreads();
-  chosen[sample[0]] = i == 0 || sorted[i - 1] != id[0] ? id[0] : none;
-  __syncthreads();
-  const uint32_t mine = chosen[i];
-  int place, all;
-  Scan(storage.scan).ExclusiveSum(mine != none, place, all);
-  if (mine != none && place < p.distinct) {
-    p.ids[p.strided + place] = mine;
-    p.counts[p.strided + place] = 1;
-  } else {
-    chosen[i] = none;
-  }
-  if (i >= all && i < p.distinct) {
-    p.ids[p.strided + i] = 0;
-    p.counts[p.strided + i] = 0;
-  }
-  __syncthreads();
-  for (int c = i; c < p.strided; c += kBlock) {
-    const auto strided = static_cast<uint32_t>(static_cast<int64_t>(c) * p.vocab / p.strided);
-    const int64_t first = first_not_below(sorted, kBlock, strided);
-    const bool target =
-        first < kBlock && sorted[first] == strided && chosen[sample_of[first]] == strided;
-    p.ids[c] = strided;
-    p.counts[c] = !target;
+  const int i = static_cast<int>(blockIdx.x) * kThreads + threadIdx.x;
+  if (i < p.strided) {
+    const int64_t id = static_cast<int64_t>(i) * p.vocab / p.strided;
+    p.ids[i] = id;
+    p.counts[i] = p.slots[id] < 0;
   }
   const int64_t count = *p.order.count;
   if (i < p.classes) p.anchors[i] = count == 0 ? 0 : p.order.rows[i * count / p.classes];
@@ -161,15 +113,15 @@ __device__ __forceinline__ void visit_counts(const int4* counts, int64_t first, 
                                              int64_t step, F&& f) {
   for (int64_t i = first; i < end; i += step) {
     const int4 four = counts[i];
-    f(4 * i, four.x);
-    f(4 * i + 1, four.y);
-    f(4 * i + 2, four.z);
-    f(4 * i + 3, four.w);
+    f(4 * i, min(four.x, kHotBins - 1));
+    f(4 * i + 1, min(four.y, kHotBins - 1));
+    f(4 * i + 2, min(four.z, kHotBins - 1));
+    f(4 * i + 3, min(four.w, kHotBins - 1));
   }
 }
 
-// A histogram of the counts (of their upper bits first, where they may be large), by each block for its stretch of ids, added
-// up in `bins`; then where each stretch's hot ids go among all.
+// A histogram of the counts, by each block for its stretch of ids, added up in `bins`; then where each stretch's hot ids go
+// among all.
 __global__ void __launch_bounds__(kBlock) hot_ids_kernel(const __grid_constant__ HotIdsParams p) {
   using Scan = cub::BlockScan<int, kBlock>;
   using Sum = cub::BlockReduce<int, kBlock>;
@@ -182,46 +134,31 @@ __global__ void __launch_bounds__(kBlock) hot_ids_kernel(const __grid_constant__
   __shared__ int places[2];
   const auto grid = cooperative_groups::this_grid();
   const auto* counts = reinterpret_cast<const int4*>(p.counts);
-  int shift = 0;
-  while (p.n >> shift >= kHotBins) ++shift;
   // The block's stretch, in fours, and the thread's part of it.
   const int64_t fours = (p.vocab + 3) / 4, stretch = (fours + gridDim.x - 1) / gridDim.x;
   const int64_t first = min(blockIdx.x * stretch, fours), end = min(first + stretch, fours);
   const int64_t each = (end - first + kBlock - 1) / kBlock;
   const int64_t my_first = min(first + threadIdx.x * each, end), my_end = min(my_first + each, end);
-  // Adds the bins of ids for which bin(count) is not negative to those of all blocks.
-  const auto histogram = [&](int32_t* to, auto&& bin) {
-    for (int i = threadIdx.x; i < kHotBins; i += kBlock) bins[i] = 0;
-    __syncthreads();
-    // Most counts are small, and atomics on one word wait for each other: those are counted by thread first.
-    int small[4] = {};
-    visit_counts(counts, first + threadIdx.x, end, kBlock, [&](int64_t, int count) {
-      const int b = count > 0 ? bin(count) : -1;
-      if (b >= 4) atomicAdd(bins + b, 1);
+  for (int i = threadIdx.x; i < kHotBins; i += kBlock) bins[i] = 0;
+  __syncthreads();
+  // Most counts are small, and atomics on one word wait for each other: those are counted by thread first.
+  int small[4] = {};
+  visit_counts(counts, first + threadIdx.x, end, kBlock, [&](int64_t, int count) {
+    if (count >= 4) atomicAdd(bins + count, 1);
 #pragma unroll
-      for (int i = 0; i < 4; ++i) small[i] += b == i;
-    });
+    for (int i = 1; i < 4; ++i) small[i] += count == i;
+  });
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const int all = __reduce_add_sync(~0u, small[i]);
-      if (threadIdx.x % 32 == 0) atomicAdd(bins + i, all);
-    }
-    __syncthreads();
-    for (int i = threadIdx.x; i < kHotBins; i += kBlock) {
-      if (bins[i] > 0) atomicAdd(to + i, bins[i]);
-    }
-    grid.sync();
-  };
-  histogram(p.bins, [&](int count) { return count >> shift; });
-  Threshold limit = find_threshold<Scan>(p.bins, p.hot, storage.scan, found);
-  if (shift > 0) {
-    const Threshold upper = limit;
-    histogram(p.bins + kHotBins, [&](int count) {
-      return count >> shift == upper.at ? count & ((1 << shift) - 1) : -1;
-    });
-    limit = find_threshold<Scan>(p.bins + kHotBins, p.hot - upper.above, storage.scan, found);
-    limit = {upper.at << shift | limit.at, limit.above + upper.above};
+  for (int i = 1; i < 4; ++i) {
+    const int all = __reduce_add_sync(~0u, small[i]);
+    if (threadIdx.x % 32 == 0) atomicAdd(bins + i, all);
   }
+  __syncthreads();
+  for (int i = threadIdx.x; i < kHotBins; i += kBlock) {
+    if (bins[i] > 0) atomicAdd(p.bins + i, bins[i]);
+  }
+  grid.sync();
+  const Threshold limit = find_threshold<Scan>(p.bins, p.hot, storage.scan, found);
   // Ids above the limit, and as many at the limit as there is room for, before those of the stretches after.
   int above = 0, equal = 0;
   visit_counts(counts, my_first, my_end, 1, [&](int64_t, int count) {
@@ -260,22 +197,21 @@ __global__ void __launch_bounds__(kBlock) hot_ids_kernel(const __grid_constant__
   });
 }
 
-// Where each id's entries start.
-__global__ void column_starts_kernel(const int32_t* sorted_ids, int64_t capacity, int64_t vocab,
-                                     int32_t* column_first) {
-  const int64_t id = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
-  if (id > vocab) return;
-  const int64_t place = first_not_below(sorted_ids, capacity, static_cast<int32_t>(id));
-  column_first[id] = static_cast<int32_t>(place);
+unsigned blocks_for(int64_t threads) {
+  return static_cast<unsigned>((threads + kThreads - 1) / kThreads);
 }
-
-int blocks_for(int64_t threads) { return static_cast<int>((threads + kThreads - 1) / kThreads); }
 
 }  // namespace
 
+cudaError_t count_targets(const BoundColumnsParams& params, cudaStream_t stream) {
+  if (params.n == 0) return cudaSuccess;
+  count_targets_kernel<<<blocks_for(params.n), kThreads, 0, stream>>>(params);
+  return cudaGetLastError();
+}
+
 cudaError_t bound_columns(const BoundColumnsParams& params, cudaStream_t stream) {
-  if (params.sampled > kBlock || params.classes > kBlock) return cudaErrorInvalidValue;
-  bound_columns_kernel<<<1, kBlock, 0, stream>>>(params);
+  if (params.classes > kThreads) return cudaErrorInvalidValue;
+  bound_columns_kernel<<<blocks_for(std::max(params.strided, 1)), kThreads, 0, stream>>>(params);
   return cudaGetLastError();
 }
 
@@ -285,15 +221,8 @@ cudaError_t place_kept(const PlaceParams& params, cudaStream_t stream) {
 }
 
 cudaError_t hot_ids(const HotIdsParams& params, cudaStream_t stream) {
-  if (params.hot > params.vocab || params.n >= int64_t{1} << 24) return cudaErrorInvalidValue;
+  if (params.hot > params.vocab) return cudaErrorInvalidValue;
   return launch_together(hot_ids_kernel, params, kHotBlocks, kHotBlocks, kBlock, stream);
-}
-
-cudaError_t column_starts(const int32_t* sorted_ids, int64_t capacity, int64_t vocab,
-                          int32_t* column_first, cudaStream_t stream) {
-  column_starts_kernel<<<blocks_for(vocab + 1), kThreads, 0, stream>>>(sorted_ids, capacity, vocab,
-                                                                       column_first);
-  return cudaGetLastError();
 }
 
 }  // namespace cce::cuda
