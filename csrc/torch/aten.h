@@ -9,6 +9,7 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
+#include <algorithm>
 #include <array>
 #include <cstdint>
 #include <optional>
@@ -29,9 +30,20 @@ Tensor call(const char* name, const char* overload, Args&&... args) {
   return torch::stable::detail::to<Tensor>(stack[0]);
 }
 
-// An uninitialised tensor on the device of `like`.
-inline Tensor empty(const Tensor& like, std::vector<int64_t> sizes, ScalarType dtype) {
-  return torch::stable::new_empty(like, sizes, std::make_optional(dtype));
+// An uninitialised contiguous tensor on the device of `like`. By the C function: torch::stable::new_empty finds its operator by
+// name each time, and a step of the sparse gradient makes some seventy tensors.
+inline Tensor empty(const Tensor& like, const std::vector<int64_t>& sizes, ScalarType dtype) {
+  std::vector<int64_t> strides(sizes.size(), 1);
+  for (size_t i = sizes.size(); i-- > 1;)
+    strides[i - 1] = strides[i] * std::max<int64_t>(sizes[i], 1);
+  int32_t device = 0;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device));
+  const auto type = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
+  AtenTensorHandle result = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()),
+                                                         sizes.data(), strides.data(), type, device,
+                                                         like.get_device_index(), &result));
+  return Tensor(result);
 }
 inline Tensor zeros(const Tensor& like, std::vector<int64_t> sizes, ScalarType dtype) {
   return torch::stable::new_zeros(like, sizes, std::make_optional(dtype));
