@@ -19,8 +19,9 @@ namespace cce::cuda::sm90 {
 
 class Pace {
  public:
-  static constexpr int kStepSlices = 8, kMostTries = 1024;
-  static constexpr int kAhead = 2;  // steps that may be begun when nobody has said anything
+  static constexpr int kStepSlices = 8;
+  static constexpr int kMostTries = 1024;  // reads of a counter: about a millisecond
+  static constexpr int kAhead = 2;         // steps that may be begun when nobody has said anything
 
   // slices: of a tile; allowed: where in shared memory the step is that may begin.
   __device__ __forceinline__ Pace(const Work& work, int slices, uint32_t allowed)
