@@ -15,6 +15,9 @@ from cce_ext.reference import logits
 from cce_ext.sparse import tail
 from cce_ext.sparse.forward import FREQUENT_TARGETS, ROW_BLOCK, SAMPLED_COLUMNS
 
+# Counts of targets from here on are equal: kHotBins - 1 of csrc/cuda/sparse/lists.h.
+_MOST_COUNTED = 4095
+
 
 class SparseGradients(NamedTuple):
     """Gradients by the inputs (None for an input that is not there), the gradient by the logits
@@ -77,14 +80,15 @@ def sampled_columns(vocab: int, device: torch.device | str = "cpu") -> Tensor:
 
 def frequent_targets(targets: Tensor, start: int, vocab: int) -> Tensor:
     """Up to FREQUENT_TARGETS of a shard's ids that are targets most often, ascending; of equal
-    ones, as are those that are targets 4095 times and more, the smaller ids. targets: of the rows
-    that count; start, vocab: the shard's first id and size.
+    ones, as are those that are targets _MOST_COUNTED times and more, the smaller ids. targets: of the
+    rows that count; start, vocab: the shard's first id and size.
 
     The ids that a batch has as targets are those that its rows give mass: the lse over them is a
     lower bound of the lse that is close wherever the vocabulary's order says nothing.
     """
     ids = targets.long() - start
-    counts = torch.bincount(ids[(ids >= 0) & (ids < vocab)], minlength=vocab).clamp(max=4095)
+    counts = torch.bincount(ids[(ids >= 0) & (ids < vocab)], minlength=vocab)
+    counts = counts.clamp(max=_MOST_COUNTED)
     return counts.argsort(descending=True, stable=True)[:FREQUENT_TARGETS].sort().values
 
 

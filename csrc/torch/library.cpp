@@ -51,8 +51,9 @@ STABLE_TORCH_LIBRARY(cce, m) {
       "Tensor target_logit, Tensor starts, float eps, int capacity, int samples) -> (Tensor nll, "
       "Tensor lse, Tensor logit_sum, Tensor max_logit, Tensor argmax, Tensor entropy, "
       "Tensor max_sum, Tensor capped, Tensor pool, Tensor counts, Tensor levels)");
-  // bound_columns: ids, first strided ones and whether each counts, and rows to tell classes by. select_kept: kept entries with keys to sort
-  // them by, and the hot ids. sort_kept: entries sorted by row and, in it, by id, and what the others weigh.
+  // bound_columns: ids, first strided ones and whether each counts, and rows to tell classes by. select_kept: kept entries
+  // with keys to sort them by, and the hot ids. sort_kept: entries sorted by row and, in it, by id, and what the others
+  // weigh.
   m.def(
       "bound_columns(Tensor targets, Tensor row_order, Tensor row_count, int shard_size, "
       "int vocab_start, int strided, int frequent) -> (Tensor ids, Tensor counts, "

@@ -10,12 +10,6 @@
 namespace cce::torch_api {
 namespace {
 
-int bit_length(int64_t x) {
-  int bits = 0;
-  for (; x > 0; x >>= 1) ++bits;
-  return bits;
-}
-
 Tensor target_logits_cuda(Tensor e, Tensor c, Tensor targets, std::optional<Tensor> bias,
                           std::optional<Tensor> u, std::optional<Tensor> lora_b,
                           int64_t ignore_index, double softcap, double logit_scale,
@@ -264,7 +258,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> select_kept_c
   keep.first = place.first;
   keep.row_first = i32(row_first, "row_first");
   keep.slots = i32(slots, "slots");
-  keep.id_bits = bit_length(shard_size);
+  keep.id_bits = cuda::id_bits(shard_size);
   keep.keys = i32(keys, "keys");
   keep.logits = f32(logits, "logits");
   check_cuda(cuda::write_kept(keep, stream), "write_kept");
@@ -286,7 +280,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> sort_kept_cuda(
   sort.keys = i32(keys, "keys");
   sort.logits = f32(logits, "logits");
   sort.row_first = i32(row_first, "row_first");
-  sort.id_bits = bit_length(shard_size);
+  sort.id_bits = cuda::id_bits(shard_size);
   sort.n = n;
   sort.order = Order(row_order, row_count).view();
   sort.exact = u8(exact, "exact");

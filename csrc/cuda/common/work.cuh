@@ -22,6 +22,14 @@ struct Work {
   int group_bits = 0, cluster_bits = 0;
   int first_group = 0, groups = 1;  // of this launch the first, and how many share the work
   int32_t* pace = nullptr;          // (kPaceSteps,): zeros, see sm90/pace.cuh; or null
+
+  // This block's place in its group, and in its cluster.
+  __device__ int group_rank() const {
+    return static_cast<int>(blockIdx.x) & ((1 << group_bits) - 1);
+  }
+  __device__ int cluster_rank() const {
+    return static_cast<int>(blockIdx.x) & ((1 << cluster_bits) - 1);
+  }
 };
 
 // Where a block is in its stream of slices: unit, column tile, slice. Group g of blocks takes units g, g + groups, ..., of
@@ -46,7 +54,7 @@ struct Cursor {
       : work(w), row_blocks(blocks), unit(place.x), row_block(place.y), tile(place.z) {}
   __device__ int4 place() const { return make_int4(unit, row_block, tile, 0); }
   __device__ int units() const { return order().units(); }
-  __device__ bool done() const { return unit >= order().units(); }
+  __device__ bool done() const { return unit >= units(); }
   __device__ int split() const { return tile / work.tiles_per_split; }
   __device__ bool last_of_unit() const {
     return (tile + 1) % work.tiles_per_split == 0 || tile + 1 == work.column_tiles;
@@ -63,7 +71,7 @@ struct Cursor {
   }
   // The row block of the unit after this one; 0 if there is none.
   __device__ int next_row_block() const {
-    return next_unit() < order().units() ? order().at(next_unit()).row_block : 0;
+    return next_unit() < units() ? order().at(next_unit()).row_block : 0;
   }
 
  private:
@@ -75,8 +83,7 @@ struct Cursor {
   __device__ void enter() {
     if (done()) return;
     const Unit u = order().at(unit);
-    const int bits = work.group_bits;
-    row_block = (u.row_block << bits) + (static_cast<int>(blockIdx.x) & ((1 << bits) - 1));
+    row_block = (u.row_block << work.group_bits) + work.group_rank();
     tile = u.split * work.tiles_per_split;
   }
 };

@@ -1,5 +1,5 @@
 // Tiles of matrices from global to shared memory by the bulk tensor copy engine (sm_90).
-// PTX ISA, "Data Movement and Conversion Instructions: cp.async.bulk.tensor" and "prefetch.tensormap".
+// PTX ISA, "Data Movement and Conversion Instructions: cp.async.bulk.tensor".
 #pragma once
 
 #include <cuda.h>
@@ -40,10 +40,6 @@ __device__ __forceinline__ void tma_load_multicast(uint32_t shared, const CUtens
       ".multicast::cluster.L2::cache_hint [%0], [%1, {%3, %4}], [%2], %5, %6;" ::"r"(shared),
       "l"(map), "r"(barrier), "r"(x), "r"(y), "h"(blocks), "l"(policy)
       : "memory");
-}
-
-__device__ __forceinline__ void tma_prefetch(const CUtensorMap* map) {
-  asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
 }
 
 // Orders this thread's earlier writes to shared memory before what the copy engine and the tensor cores do with it.

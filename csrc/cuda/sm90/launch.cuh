@@ -5,9 +5,6 @@
 // serialization) and ends after it.
 #pragma once
 
-#include <array>
-#include <mutex>
-
 #include "cuda/common/launch.cuh"
 #include "cuda/sm90/config.h"
 #include "cuda/sm90/tensor_map.h"
@@ -46,19 +43,13 @@ struct Launch {
 // How many clusters of four are on the current device at once; of every kernel one block fits on a multiprocessor.
 template <typename Kernel>
 int most_large_clusters(Kernel kernel, int shared_bytes) {
-  constexpr int kMaxDevices = 128;
-  static std::array<int, kMaxDevices> most;
-  static std::array<std::once_flag, kMaxDevices> asked;
-  int device = 0;
-  cudaGetDevice(&device);
-  std::call_once(asked[device], [&] {
+  static PerDevice<int> found;
+  return found.get([&](int, int& most) {
     Work work;
     work.group_bits = work.cluster_bits = Config::kMostClusterBits;
     const Launch one(work, 1, shared_bytes, nullptr);
-    if (cudaOccupancyMaxActiveClusters(&most[device], kernel, &one.config) != cudaSuccess)
-      most[device] = 0;
+    if (cudaOccupancyMaxActiveClusters(&most, kernel, &one.config) != cudaSuccess) most = 0;
   });
-  return most[device];
 }
 
 // kernel(work, maps, args...) for the head's columns and the n rows of its order. pace: (kPaceSteps,), or null.

@@ -82,7 +82,7 @@ struct Pipeline {
   __device__ __forceinline__ uint32_t b(int stage) const { return a(stage) + Config::kBytesA; }
 };
 
-// One thread, before anybody uses the barriers; the block then synchronises.
+// One thread, before anybody uses the barriers and the pace; the block then synchronises.
 __device__ __forceinline__ void init_barriers(const Pipeline& pipe, const Work& work, bool gather) {
   for (int s = 0; s < Config::kStages; ++s) {
     ptx::mbarrier_init(pipe.full + 8 * s, gather ? 129 : 1);
@@ -90,6 +90,7 @@ __device__ __forceinline__ void init_barriers(const Pipeline& pipe, const Work& 
   }
   for (int w = 0; w < Config::kConsumers; ++w) ptx::mbarrier_init(pipe.epilogue + 8 * w, 128);
   ptx::fence_mbarrier_init();
+  ptx::shared_set(pipe.pace, Pace::kAhead - 1);
 }
 
 // A slice of a B tile, or, in a cluster, this block's part of it for all blocks. row: the tile's first.
@@ -281,10 +282,7 @@ __device__ __forceinline__ void run_block(const Work& work, const Maps& maps, ui
   const int row_blocks = (count + Config::kBlockM - 1) / Config::kBlockM;
   ptx::allow_next_grid();
   const bool all = count == work.e.rows, gather = !all && !work.compact;
-  if (threadIdx.x == 0) {
-    init_barriers(pipe, work, gather);
-    Pace(work, pipe.slices, pipe.pace).init();
-  }
+  if (threadIdx.x == 0) init_barriers(pipe, work, gather);
   prepare();
   if (work.cluster_bits > 0)
     ptx::cluster_sync();

@@ -33,9 +33,7 @@ class Pace {
   __device__ __forceinline__ int step_slices() const { return step_slices_; }
 
   // Whether this block waits: of a cluster the first one, which the others cannot leave behind.
-  __device__ __forceinline__ bool waits() const {
-    return work_.pace && (blockIdx.x & ((1 << work_.cluster_bits) - 1)) == 0;
-  }
+  __device__ __forceinline__ bool waits() const { return work_.pace && work_.cluster_rank() == 0; }
 
   // Before the copies of a step, in the thread that issues them.
   __device__ __forceinline__ void begin_step() {
@@ -51,8 +49,6 @@ class Pace {
     for (int i = tiles * tile_steps_; i > 0; --i) count();
   }
 
-  // Before the block's threads part; one of them.
-  __device__ __forceinline__ void init() const { ptx::shared_set(allowed_, kAhead - 1); }
   // Says which steps may begin, to the end of the block's work; one thread, if this block waits. at: its first tile.
   __device__ __forceinline__ void keep(const Cursor& at) const {
     const int unit_steps = tile_steps_ * work_.tiles_per_split, units = at.units();
@@ -80,7 +76,7 @@ class Pace {
   }
   // Once a group.
   __device__ __forceinline__ void count() {
-    if ((blockIdx.x & ((1 << work_.group_bits) - 1)) == 0) ptx::counter_add(counter(step_), 1);
+    if (work_.group_rank() == 0) ptx::counter_add(counter(step_), 1);
     ++step_;
   }
 

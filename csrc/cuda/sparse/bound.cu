@@ -1,5 +1,5 @@
-// A lower bound of each row's lse from some hundreds of its logits, about what the row will drop, and its class. One warp a row,
-// no shared memory.
+// A lower bound of each row's lse from some hundreds of its logits, about what the row will drop, and its class. One warp a
+// row, no shared memory.
 #include "cuda/common/epilogue.cuh"
 #include "cuda/common/warp.cuh"
 #include "cuda/sparse/lists.h"

@@ -9,6 +9,13 @@
 
 namespace cce::cuda {
 
+// Bits of an id, and of a number beyond all ids.
+inline int id_bits(int64_t vocab) {
+  int bits = 0;
+  for (; vocab > 0; vocab >>= 1) ++bits;
+  return bits;
+}
+
 // ---- before the forward ----
 
 // Strided columns at most: a warp holds them in registers.

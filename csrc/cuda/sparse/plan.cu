@@ -1,7 +1,9 @@
 // The small steps around the lists of kept entries: which columns bound the lse, where each row block's entries go, which ids
-// are hot. One block where everything depends on everything; hot ids by a cooperative grid; a thread a row or a column elsewhere.
+// are hot. One block where everything depends on everything; hot ids by a cooperative grid; a thread a row or a column
+// elsewhere.
 #include <cooperative_groups.h>
 
+#include <algorithm>
 #include <cub/block/block_reduce.cuh>
 #include <cub/block/block_scan.cuh>
 

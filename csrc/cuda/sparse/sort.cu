@@ -3,18 +3,23 @@
 #include <cub/device/device_radix_sort.cuh>
 
 #include "cuda/sparse/lists.h"
-#include "cuda/sparse/search.cuh"
 
 namespace cce::cuda {
 namespace {
 
 constexpr int kThreads = 256;
 
-// More than any id of the vocabulary.
-int id_bits(int64_t vocab) {
-  int bits = 0;
-  for (; vocab > 0; vocab >>= 1) ++bits;
-  return bits;
+// The first of `count` ascending values that is not below `bound`.
+__device__ int64_t first_not_below(const int32_t* values, int64_t count, int32_t bound) {
+  int64_t low = 0, high = count;
+  while (low < high) {
+    const int64_t middle = (low + high) / 2;
+    if (values[middle] < bound)
+      low = middle + 1;
+    else
+      high = middle;
+  }
+  return low;
 }
 
 __global__ void __launch_bounds__(kThreads)
@@ -29,7 +34,7 @@ __global__ void __launch_bounds__(kThreads)
     starts_kernel(const int32_t* sorted, const __grid_constant__ SortColumnsParams p) {
   const int64_t id = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
   if (id > p.vocab) return;
-  const int64_t place = first_not_below(sorted, int64_t{*p.count}, static_cast<int32_t>(id));
+  const int64_t place = first_not_below(sorted, *p.count, static_cast<int32_t>(id));
   p.column_first[id] = static_cast<int32_t>(place);
 }
 
