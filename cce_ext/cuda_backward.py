@@ -7,6 +7,7 @@ G C (likewise dB, dU, dbias), accumulated in fp32 over the chunks. Nothing waits
 
 from __future__ import annotations
 
+import functools
 import os
 
 import torch
@@ -17,6 +18,10 @@ _TILE_ROWS = 128
 # Bytes of workspace, fp32 sums included; CCE_BACKWARD_WORKSPACE_MB (in MB of 10⁶ bytes) overrides
 # it.
 DEFAULT_WORKSPACE_MB = 284
+# What matmuls of many columns cut their results into, one way or the other.
+_MATMUL_TILE = (128, 256)
+# Multiply-adds that a multiprocessor of an H200 does while memory moves a byte; of an A100 and an H100 about the same.
+_MULTIPLIES_PER_BYTE = 0.66
 # A chunk never gets less than this, however large the sums are.
 _MIN_CHUNK_BYTES = 100_000_000
 
@@ -42,26 +47,45 @@ def readable(t: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _chunk_columns(e: Tensor, v: int, sums: int) -> int:
-    """Columns of a chunk: at most what the workspace takes, and of those the count whose tiles fill
-    whole waves best.
+    """Columns of a chunk: at most what the workspace takes, and of those the count with which all
+    chunks together take least.
 
-    Shape: e (N, D). ``sums``: bytes of the fp32 sums.
+    Shape: e (N, D). ``sums``: bytes of the fp32 sums, which every chunk reads and writes.
     """
-    n, tile = e.shape[0], torch.ops.cce.column_tile(e)
+    (n, d), tile = e.shape, torch.ops.cce.column_tile(e)
     budget = max(workspace_bytes() - sums, min(_MIN_CHUNK_BYTES, workspace_bytes()))
     most = max(1, budget // (2 * n * tile))
     if most >= -(-v // tile):
         return v  # everything in one chunk
     if most > 256:
         return most * tile  # many small waves: nothing to gain
-    row_tiles = -(-n // _TILE_ROWS)
     blocks = torch.cuda.get_device_properties(e.device).multi_processor_count
+    return _fastest_tiles(n, d, v, sums, tile, most, blocks) * tile
 
-    def fullness(tiles: int) -> float:
-        count = row_tiles * tiles
-        return round(count / (-(-count // blocks) * blocks), 2)
 
-    return max(range(most - most // 3, most + 1), key=lambda tiles: (fullness(tiles), tiles)) * tile
+@functools.lru_cache(maxsize=256)
+def _fastest_tiles(n: int, d: int, v: int, sums: int, tile: int, most: int, blocks: int) -> int:
+    """Tiles of a chunk, of which most/2 to most are allowed, by what waves of tiles and memory tell
+    of the time. blocks: multiprocessors."""
+
+    def waves(rows: int, columns: int) -> int:
+        return -(-rows * columns // blocks)
+
+    def cost(columns: int) -> float:
+        """Of one chunk, in multiply-adds of a multiprocessor: the recompute, the product by columns,
+        the sums. (The product by rows has the same tiles whatever the chunk.)"""
+        recompute = waves(-(-n // _TILE_ROWS), -(-columns // tile)) * _TILE_ROWS * tile * d
+        rows, width = _MATMUL_TILE
+        product = min(
+            waves(-(-columns // rows), -(-d // width)), waves(-(-columns // width), -(-d // rows))
+        )
+        return recompute + product * rows * width * n + 2 * sums * _MULTIPLIES_PER_BYTE
+
+    def total(tiles: int) -> float:
+        whole, rest = divmod(v, tiles * tile)
+        return whole * cost(tiles * tile) + (cost(rest) if rest else 0.0)
+
+    return min(range(most, most // 2, -1), key=total)
 
 
 def row_vector(t: Tensor | None) -> Tensor | None:

@@ -41,7 +41,7 @@ def diagnostics() -> dict[str, Any]:
     facts = dict(_last)
     if _sparse:
         tally, share, exact = _sparse
-        candidates, kept, overflowed, blocks = tally.tolist()
+        candidates, kept, overflowed, blocks, _ = tally.tolist()
         facts |= {
             "candidates": candidates,
             "kept": kept,

@@ -37,7 +37,7 @@ from cce_ext.reference import (
     statistics,
     statistics_of_logits,
 )
-from cce_ext.sparse.op import refusal
+from cce_ext.sparse.op import refusal, token_count
 
 
 class TokenMetrics(NamedTuple):
@@ -175,17 +175,20 @@ def linear_cross_entropy(
         ),
         filter=resolved,
     )
+    count = None
     if vocab_parallel_options is not None:
         stats = _parallel_rows(
             name, flat_e, head, flat_targets, options, reduction, vocab_parallel_options, facts
         )
     else:
-        stats = _rows(name, flat_e, head, flat_targets, options, return_metrics, facts)
+        stats, count = _rows(name, flat_e, head, flat_targets, options, return_metrics, facts)
 
     def tokens(x: Tensor) -> Tensor:
         return x.reshape(shape)[..., : shape[-1] - shift] if shift else x.reshape(shape)
 
-    loss = _reduce(stats.nll, flat_targets, ignore_index, reduction, num_items, tokens)
+    if count is None and reduction == "mean" and num_items is None:
+        count = (flat_targets != ignore_index).sum().clamp(min=1)
+    loss = _reduce(stats.nll, count, reduction, num_items, tokens)
     results: list[Any] = [loss]
     if return_lse:
         results.append(tokens(stats.lse).clone())
@@ -232,19 +235,20 @@ def _rows(
     options: LossOptions,
     metrics: bool,
     facts: dict[str, Any],
-) -> RowStatistics:
-    """Row statistics of e (N, D) by the implementation of this name."""
+) -> tuple[RowStatistics, Tensor | None]:
+    """Row statistics of e (N, D) by the implementation of this name, and how many tokens count (at
+    least 1), if it has counted them."""
     if head.fallback:
         record(path="module", reason=head.fallback, **facts)
         z = finish_logits(head.module(e), options)
         checks.check_target_range(targets, z.shape[-1], options.ignore_index)
-        return statistics_of_logits(z, targets, options, metrics)
+        return statistics_of_logits(z, targets, options, metrics), None
     u, b = low_rank_update(e, head.adapters)
     pair, reason = choose_pair(name, e)
     inputs = (e, head.weight, targets, head.bias, u, b)
     if pair in STORES_LOGITS:
         record(path=pair, reason=reason, **facts)
-        return run_as(pair, statistics)(*inputs, options, metrics)
+        return run_as(pair, statistics)(*inputs, options, metrics), None
     if pair == "linear_ce" and e.device.type == "cuda" and eager.differentiates(inputs):
         exact = refusal(head.weight, e.shape[0], options, facts["filter"].eps)
         facts["exact"] = exact
@@ -253,9 +257,11 @@ def _rows(
     path = {"linear_ce": "compiled", "sparse_ce": "compiled"}
     record(path=path.get(pair, pair.removesuffix("_ce")), reason=reason, **facts)
     arguments = (*inputs, *options, 0, 0, metrics)
-    if pair == "sparse_ce":
-        arguments = (*arguments, *facts["filter"])
-    return RowStatistics(*eager.forward(pair, *arguments)[: len(RowStatistics._fields)])
+    known = len(RowStatistics._fields)
+    if pair != "sparse_ce":
+        return RowStatistics(*eager.forward(pair, *arguments)[:known]), None
+    results = eager.forward(pair, *arguments, *facts["filter"])
+    return RowStatistics(*results[:known]), token_count(results)
 
 
 def _check_parallel(
@@ -317,12 +323,12 @@ def _of_shards(nll: Tensor, lse: Tensor) -> RowStatistics:
 
 def _reduce(
     nll: Tensor,
-    targets: Tensor,
-    ignore_index: int,
+    count: Tensor | None,
     reduction: str,
     num_items: int | Tensor | None,
     tokens: Any,
 ) -> Tensor:
+    """count: tokens that count, for a mean without num_items."""
     if reduction == "none":
         return tokens(nll).clone()
     total = nll.sum()
@@ -330,7 +336,7 @@ def _reduce(
         return total
     if num_items is not None:
         return total / (num_items.to(total.device) if isinstance(num_items, Tensor) else num_items)
-    return total / (targets != ignore_index).sum().clamp(min=1)
+    return total / count
 
 
 def _metrics(stats: RowStatistics, targets: Tensor, ignore_index: int, tokens: Any) -> TokenMetrics:

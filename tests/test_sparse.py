@@ -12,7 +12,7 @@ from torch import Tensor
 from cce_ext.options import LossOptions
 from cce_ext.sparse import tail
 from cce_ext.sparse.op import refusal
-from cce_ext.sparse.products import column_product, row_gradient
+from cce_ext.sparse.products import column_product, of_ids, row_gradient
 from cce_ext.sparse.reference import SparseGradients, sample_bound, sampled_columns
 from tests.sparse_problem import (
     CASES,
@@ -281,12 +281,12 @@ def test_products_of_the_tail(dtype: torch.dtype, smoothing: float) -> None:
     units = make_units(spread, 1e-4 * lift, dtype)
     values = values.to(dtype).to(accumulate) * (1e-4 * lift) / units[0]
     factors = make_factors(spread, values, ids, units, dtype)
-    untilted = row_gradient(factors, c)
+    untilted = row_gradient(factors, c, of_ids(factors, c))
     tilted = torch.randint(v, (40,), generator=g)
     tilt = normal(n, 40).to(accumulate) * (1e-5 * lift)
     columns = torch.cat([(tilt / units[2]).to(dtype), factors.rows], 1)
     factors = factors._replace(rows=columns, tilted=tilted)
-    by_row = row_gradient(factors, c)
+    by_row = row_gradient(factors, c, of_ids(factors, c))
     wide = spread_columns(factors, column_product(factors, e))
     rows = whole @ c.double() + tilt.double() / lift @ c[tilted].double()
     assert error(by_row / lift, rows) < limit

@@ -34,14 +34,17 @@ def uniform(*shape: int, seed: int = 0) -> Tensor:
 def backward_rows(
     n: int, groups: int, targets: Tensor, listed: Tensor, flat: float, unit: float, smoothed: float
 ) -> tuple[Tensor, ...]:
-    """a, d, mass by group and row, then what backward_rows_ finds."""
+    """The mass by group and row, the share of exact rows, then what backward_rows finds."""
     dnll, dlse = normal(n, seed=1), normal(n, seed=2)
     mass = uniform(n, groups, seed=3) * 10 ** (-4 * uniform(n, 1, seed=4))
-    a, d, row_mass, share = torch.ops.cce.backward_shares(dnll, dlse, targets, mass, listed, -100)
-    found = torch.ops.cce.backward_rows_(
-        a, d, row_mass, share, targets, listed, -100, flat, unit, smoothed
+    exact_share = torch.empty(1, pin_memory=True)
+    found = torch.ops.cce.backward_rows(
+        dnll, dlse, targets, mass, listed, None, exact_share, -100, flat, unit, smoothed
     )
-    return (a, d, mass, row_mass, share, *found)
+    torch.cuda.synchronize()
+    share = torch.ops.cce.dropped_share(dnll, dlse, targets, mass, listed, -100)
+    assert torch.equal(found[3], share)
+    return (mass, exact_share.cuda(), *found)
 
 
 @pytest.mark.parametrize("n", [1, 5, 128, 1023, 1024, 1025, 9000])
@@ -50,7 +53,7 @@ def test_exact_rows_and_units(n: int, kind: str) -> None:
     targets = torch.where(uniform(n, seed=5) < 0.2, -100, 7)
     listed = (uniform(n, seed=6) < 0.3) & (kind == "some")
     flat = 0.0 if kind == "flat" else 1e9
-    a, d, _, row_mass, share, exact, exact_share, d_all, order, count, units = backward_rows(
+    _, exact_share, a, d, row_mass, share, exact, d_all, order, count, units = backward_rows(
         n, 3, targets, listed, flat, 0.5, 0.25
     )
     valid = targets != -100
@@ -69,6 +72,32 @@ def test_exact_rows_and_units(n: int, kind: str) -> None:
     torch.testing.assert_close(units, torch.stack([hot, top, top / LIFT]))
     *_, ones = backward_rows(n, 3, targets, listed, flat, 0.0, 0.25)
     assert (ones == 1).all()
+
+
+@DTYPES
+@pytest.mark.parametrize("other", [None, torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("width", [1, 8, 20, 520])
+@pytest.mark.parametrize("layout", ["rows", "columns", "from the middle"])
+def test_picked_rows(
+    dtype: torch.dtype, other: torch.dtype | None, width: int, layout: str
+) -> None:
+    a = normal(300, width, seed=1).to(other or dtype)
+    b = normal(70, width, seed=2).to(dtype)
+    if layout == "columns":
+        a = a.T.contiguous().T
+    elif layout == "from the middle":
+        a = torch.cat([a, a], 1)[:, 1 : 1 + width]
+    ids = torch.tensor([299, 0, 7, 7, 150], device="cuda")
+    others = torch.arange(69, -1, -3, device="cuda")
+    out = torch.full((len(ids) + len(others) + 3, width), 5.0, device="cuda", dtype=dtype)
+    torch.ops.cce.pick_rows_(out, a, ids, b, others)
+    assert torch.equal(out[:-3], torch.cat([a[ids].to(dtype), b[others]]))
+    assert (out[-3:] == 5).all()
+    torch.ops.cce.pick_rows_(out, b, others[:0], a.to(dtype), ids)
+    assert torch.equal(out[:5], a[ids].to(dtype))
+    pieces = normal(9, 3 * width, seed=3).to(dtype)[:, ::3]
+    with pytest.raises(RuntimeError, match="columns of a and b"):
+        torch.ops.cce.pick_rows_(out, pieces[:, :-1], ids, b, others)
 
 
 @pytest.mark.parametrize("n", [1, 5, 127, 128, 129, 511, 1024, 9000, 100000])
@@ -171,11 +200,11 @@ def test_shapes(dtype: torch.dtype, smoothing: bool, v: int) -> None:
     sums = torch.exp(4 * normal(tail.CLASSES, v))
     sums[:, : tail.GROUP] = 0  # nobody drops anything there
     sums[3] = 0
-    shape, totals = torch.ops.cce.tail_shapes(
-        sums, torch.empty(0, device="cuda", dtype=dtype), tail.SHARED, smoothing
+    shape, ids, first = torch.ops.cce.tail_shapes(
+        sums, torch.empty(0, device="cuda", dtype=dtype), tail.SHARED, smoothing, 0
     )
-    assert totals[0] == 0
-    assert (totals[1:] > 0).all()
+    assert ids.shape == (0,)
+    assert first.shape == (tail.groups(v) + 1,)
     assert shape.shape == (tail.CLASSES + smoothing, v)
     assert shape.stride(0) % 8 == 0
     expected = tail.shapes(sums.double())
@@ -194,8 +223,8 @@ def test_shapes(dtype: torch.dtype, smoothing: bool, v: int) -> None:
 
 def sampled_ids(sums: Tensor, count: int) -> tail.TiltIds:
     """What the kernels find."""
-    _, totals = torch.ops.cce.tail_shapes(sums, sums, tail.SHARED, False)
-    return tail.TiltIds(*torch.ops.cce.tilt_ids(sums, totals, count))
+    _, ids, first = torch.ops.cce.tail_shapes(sums, sums, tail.SHARED, False, count)
+    return tail.TiltIds(ids, first)
 
 
 @pytest.mark.parametrize("count", [512, 1024])
@@ -268,7 +297,7 @@ def test_hot_ids(n: int, v: int, frequent: float) -> None:
         pool.cuda(), counts, order, count, zeros, zeros - 1, zeros,
         torch.full((n,), v, device="cuda"), 2.0**-13, -100, v, 0, 2 * v, blocks * per_block, hot,
     )  # fmt: skip
-    assert tally.tolist() == [int(counts.sum()), int(counts.sum()), 0, blocks]
+    assert tally.tolist() == [int(counts.sum()), int(counts.sum()), 0, blocks, n]
     voting = kept[:: 1 if blocks < 32 else 8]
     seen = torch.bincount(torch.cat(voting), minlength=v)
     expected = torch.argsort(-seen, stable=True)[:hot].sort().values

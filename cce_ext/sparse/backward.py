@@ -89,23 +89,21 @@ def _sparse(
     targets = targets.long().contiguous()
     dnll = None if dnll is None else dnll.float()
     dlse = row_vector(dlse)
-    a, d, row_mass, own_share = torch.ops.cce.backward_shares(
-        dnll, dlse, targets, lists.mass, lists.exact_rows, ignore_index
-    )
-    share = own_share if share is None else share
     total = vocab_total or vocab_start + c.shape[0]
     half = e.dtype == torch.float16  # in bfloat16 no factor needs a unit
-    # From here on a and d are those of the sparse rows.
-    exact, exact_share, d_all, order, count, units = torch.ops.cce.backward_rows_(
-        a, d, row_mass, share, targets, lists.exact_rows, ignore_index, tail.FLAT,
-        abs(logit_scale) if half else 0.0,
-        abs(logit_scale) * label_smoothing / total * tail.GROUP,
-    )  # fmt: skip
-    diagnostics.record_backward(lists.tally, share, exact)
     # Batches of about this size: few rows are flat more often than many.
     size = e.shape[0].bit_length()
     kind = (e.device.index, e.dtype, size, *c.shape, softcap, logit_scale, eps)
-    if history.mostly_exact(kind, exact_share):
+    past = history.recall(kind, e)
+    # a and d are those of the sparse rows.
+    a, d, row_mass, own_share, exact, d_all, order, count, units = torch.ops.cce.backward_rows(
+        dnll, dlse, targets, lists.mass, lists.exact_rows, share, past.answer, ignore_index,
+        tail.FLAT, abs(logit_scale) if half else 0.0,
+        abs(logit_scale) * label_smoothing / total * tail.GROUP,
+    )  # fmt: skip
+    history.remember(kind, past, e)
+    diagnostics.record_backward(lists.tally, own_share if share is None else share, exact)
+    if past.mostly_exact:
         return exact_backward(
             d_all, dlse, e, c, targets, lse, bias, u, lora_b, ignore_index, softcap, logit_scale,
             label_smoothing, vocab_start, vocab_total, need_e, need_c, need_bias, need_u,
@@ -127,7 +125,7 @@ def _sparse(
     # What is there for each gradient: (N, width) or (V, width), and where it starts from.
     rows_of = [(need_e, call.c, e), (need_u and u is not None, call.lora_b, u)]
     columns_of = [(need_c, call.e, c), (need_lora_b and lora_b is not None, call.u, lora_b)]
-    factors, dbias = _factors(
+    factors, of_ids, dbias = _factors(
         call, lists, a, d, row_mass, units, any(need for need, *_ in rows_of),
         need_bias and bias is not None,
     )  # fmt: skip
@@ -137,8 +135,11 @@ def _sparse(
         factors.of_columns(), units,
     )  # fmt: skip
     kept = _Kept(lists, weights, factors)
-    by_row = [_row_gradient(kept, source, like) if need else None for need, source, like in rows_of]
-    del rows_of
+    by_row = [
+        _row_gradient(kept, source, others, like) if need else None
+        for (need, source, like), others in zip(rows_of, of_ids, strict=True)
+    ]
+    del rows_of, of_ids
     call = call._replace(lora_b=None)
     by_column: list[Tensor | None] = [None, None]
     if dbias is not None or any(need for need, *_ in columns_of):
@@ -174,10 +175,10 @@ def _factors(
     units: Tensor,
     need_rows: bool,
     need_bias: bool,
-) -> tuple[products.Factors, Tensor | None]:
+) -> tuple[products.Factors, list[Tensor | None], Tensor | None]:
     """The tail of every row, in the shape of what the sampled rows of its class drop. Columns of hot
-    ids are zeros. With its tilt, if gradients by rows are needed; if that by the bias is, what the
-    tail adds to it."""
+    ids are zeros. With its tilt, if gradients by rows are needed, and `products.of_ids` of C and of
+    B; if that by the bias is, what the tail adds to it."""
     o, classes, sums = call.options, lists.classes, lists.tail_sums
     smoothing = o.label_smoothing > 0
     uniform = -o.logit_scale * o.label_smoothing / call.vocab[1]  # of d, by entry
@@ -185,39 +186,43 @@ def _factors(
         classes, call.e, a, d, lists.mass, units, tail.TILT_IDS if need_rows else 0,
         lists.hot_ids.shape[0], o.logit_scale, uniform * tail.GROUP if smoothing else None,
     )  # fmt: skip
-    shape, totals = torch.ops.cce.tail_shapes(sums, call.e, tail.SHARED, smoothing)
-    tilted = lists.hot_ids[:0]
+    shape, tilted, first = torch.ops.cce.tail_shapes(
+        sums, call.e, tail.SHARED, smoothing, tail.TILT_IDS if need_rows else 0
+    )
+    factors = products.Factors(of_rows, shape, tilted, lists.hot_ids, units)
+    of_ids: list[Tensor | None] = [None, None]
     if need_rows:
-        tilted, first = torch.ops.cce.tilt_ids(sums, totals, tail.TILT_IDS)
-        columns = of_rows[:, : tail.TILT_IDS]
-        _tilt(columns, call, lists, tilted, first, row_mass, a, units)
+        of_ids = [None if w is None else products.of_ids(factors, w) for w in (call.c, call.lora_b)]
+        _tilt(call, lists, factors, of_ids, first, row_mass, a)
     dbias = None
     if need_bias:  # not of rounded numbers
         mass = lists.mass * (a * o.logit_scale)[:, None]
-        wide, _ = torch.ops.cce.tail_shapes(sums, sums, tail.SHARED, False)
+        wide, *_ = torch.ops.cce.tail_shapes(sums, sums, tail.SHARED, False, 0)
         spread = tail.Spread(mass, classes, wide, d * uniform if smoothing else None)
         dbias = tail.column_sum(spread)
-    return products.Factors(of_rows, shape, tilted, lists.hot_ids, units), dbias
+    return factors, of_ids, dbias
 
 
 def _tilt(
-    out: Tensor,
     call: _Call,
     lists: Lists,
-    ids: Tensor,
+    factors: products.Factors,
+    of_ids: list[Tensor | None],
     first: Tensor,
     row_mass: Tensor,
     a: Tensor,
-    units: Tensor,
 ) -> None:
-    """`tail.tilt` into out (N, J); of the logits of the sampled ids in 16 bits."""
-    torch.mm(call.e, call.c.index_select(0, ids).T, out=out)
-    if call.lora_b is not None:
-        torch.addmm(out, call.u, call.lora_b.index_select(0, ids).T, out=out)
+    """`tail.tilt` into the first columns of the rows' factors; of the logits of the sampled ids in
+    16 bits. first: where those of each group start."""
+    ids, (of_c, of_b) = factors.tilted, of_ids
+    out = factors.rows[:, : tail.TILT_IDS]
+    torch.mm(call.e, of_c[: tail.TILT_IDS].T, out=out)
+    if of_b is not None:
+        torch.addmm(out, call.u, of_b[: tail.TILT_IDS].T, out=out)
     torch.ops.cce.tilt_(
         out, ids, first, lists.classes, lists.sample, lists.sample_weight, row_mass, lists.mass, a,
         call.bias, call.options.softcap, call.options.logit_scale, tail.SHARED, tail.TILT,
-        tail.TILT_DAMPING, units,
+        tail.TILT_DAMPING, factors.units,
     )  # fmt: skip
 
 
@@ -243,10 +248,11 @@ class _Kept(NamedTuple):
     factors: products.Factors
 
 
-def _row_gradient(kept: _Kept, source: Tensor, like: Tensor) -> Tensor:
-    """The gradient by `like` (N, width): tail with its tilt and kept entries; source (V, width)."""
+def _row_gradient(kept: _Kept, source: Tensor, of_ids: Tensor, like: Tensor) -> Tensor:
+    """The gradient by `like` (N, width): tail with its tilt and kept entries; source (V, width),
+    of_ids: `products.of_ids` of it."""
     lists = kept.lists
-    out = products.row_gradient(kept.factors, source)
+    out = products.row_gradient(kept.factors, source, of_ids)
     torch.ops.cce.gather_(
         out, source, lists.row_first, lists.row_hot, lists.ids, kept.weights, None,
         lists.row_order, None,

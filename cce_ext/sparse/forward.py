@@ -21,6 +21,7 @@ from cce_ext.blocked import Call
 from cce_ext.cuda_backward import readable
 from cce_ext.reference import RowStatistics
 from cce_ext.sparse import tail
+from cce_ext.sparse.products import picked
 
 # Columns at equal distances, and the batch's most frequent targets, whose logits bound the lse from below. With the
 # anchors of the classes they are 640 columns, whole tiles of a product.
@@ -55,7 +56,8 @@ class Lists(NamedTuple):
     sample_weight: Tensor  # (S,) float32: what each one's tail counts
     classes: Tensor  # (N,) int64: of the rows
     tail_sums: Tensor  # (classes, V) float32: what the sampled rows drop, times their weight
-    tally: Tensor  # (4,) int64: candidates, kept entries, row blocks that overflowed, row blocks
+    # (5,) int64: candidates, kept entries, row blocks that overflowed, row blocks, rows that count (at least 1)
+    tally: Tensor
 
 
 def _growth(eps: float) -> float:
@@ -137,8 +139,8 @@ def lower_bounds(
     ids, counts, anchors = torch.ops.cce.bound_columns(
         targets, order, count, v, call.vocab_start, strided, min(FREQUENT_TARGETS, v)
     )  # fmt: skip
-    columns = _joined(c, ids, e, anchors).T
-    b_columns = None if lora_b is None else _joined(lora_b, ids, u, anchors).T
+    columns = picked(c, ids, e, anchors).T
+    b_columns = None if lora_b is None else picked(lora_b, ids, u, anchors).T
     sampled_bias = None if bias is None else bias[ids].float()
     parts = []
     for first in range(0, n, BOUND_ROWS):
@@ -155,18 +157,6 @@ def lower_bounds(
     if len(parts) == 1:
         return parts[0]
     return tuple(torch.cat(results) for results in zip(*parts, strict=True))
-
-
-def _joined(a: Tensor, ids: Tensor, b: Tensor, rows: Tensor) -> Tensor:
-    """Those ids of a, in b's dtype, then those rows of b."""
-    out = b.new_empty(len(ids) + len(rows), b.shape[1])
-    first = out[: len(ids)]
-    if a.dtype == b.dtype:
-        torch.index_select(a, 0, ids, out=first)
-    else:
-        first.copy_(a.index_select(0, ids))
-    torch.index_select(b, 0, rows, out=out[len(ids) :])
-    return out
 
 
 def bound_rows(call: Call, eps: float) -> Bounds:
@@ -290,5 +280,5 @@ def fake_lists(like: Tensor, n: int, v: int, capacity: int) -> Lists:
         new(samples, dtype=torch.float32),
         new(n, dtype=torch.int64),
         new(tail.CLASSES, v, dtype=torch.float32),
-        new(4, dtype=torch.int64),
+        new(5, dtype=torch.int64),
     )

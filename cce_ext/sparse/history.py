@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict, deque
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,9 +22,18 @@ MANY = 0.25
 _BACK = 2
 _KINDS = 64
 
+
+class Past(NamedTuple):
+    """What is known when a backward starts, and where it puts its own answer."""
+
+    mostly_exact: bool  # whether most rows of the call before the last one went the exact way
+    answer: Tensor  # (1,) float32, page-locked: the share of this one's that do
+    arrived: torch.cuda.Event | None  # None: nobody will ask
+
+
 # Backwards on several devices are on several threads.
 _lock = threading.Lock()
-_seen: OrderedDict[tuple, deque[tuple[Tensor, torch.cuda.Event]]] = OrderedDict()
+_seen: OrderedDict[tuple, deque[Past]] = OrderedDict()
 
 
 def clear() -> None:
@@ -31,28 +41,29 @@ def clear() -> None:
     _seen.clear()
 
 
-def mostly_exact(kind: tuple, share: Tensor) -> bool:
-    """Whether most rows of the call before the last one of this kind went the exact way, and keeps
-    the share (1,) of this one's. False where there was none, and while a CUDA graph is captured,
-    which must not depend on the past."""
+def recall(kind: tuple, like: Tensor) -> Past:
+    """Before a backward of this kind on like's device. Nothing is known while a CUDA graph is
+    captured, which must not depend on the past."""
     if torch.cuda.is_current_stream_capturing():
-        return False
+        return Past(False, like.new_empty(1, dtype=torch.float32), None)
     with _lock:
-        calls = _seen.setdefault(kind, deque())
+        calls = _seen.get(kind, ())
+        before = calls.popleft() if len(calls) >= _BACK else None
+    if before is None:
+        answer = torch.empty(1, dtype=torch.float32, pin_memory=True)
+        return Past(False, answer, torch.cuda.Event())
+    # Read, then used again: page-locked memory is slow to get.
+    before.arrived.synchronize()
+    return before._replace(mostly_exact=before.answer.item() > MANY)
+
+
+def remember(kind: tuple, past: Past, like: Tensor) -> None:
+    """After the kernel that answers is on its way, on the current stream of like's device."""
+    if past.arrived is None:
+        return
+    past.arrived.record(torch.cuda.current_stream(like.device))  # maybe not the current device
+    with _lock:
+        _seen.setdefault(kind, deque()).append(past)
         _seen.move_to_end(kind)
         if len(_seen) > _KINDS:
             _seen.popitem(last=False)
-        if len(calls) < _BACK:
-            many = False
-            host = torch.empty(1, dtype=share.dtype, pin_memory=True)
-            arrived = torch.cuda.Event()
-        else:  # read, then used again: page-locked memory is slow to get
-            host, arrived = calls.popleft()
-            arrived.synchronize()
-            many = host.item() > MANY
-        host.copy_(share, non_blocking=True)
-        arrived.record(
-            torch.cuda.current_stream(share.device)
-        )  # which may not be the current device
-        calls.append((host, arrived))
-    return many

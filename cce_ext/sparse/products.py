@@ -41,22 +41,39 @@ class Factors(NamedTuple):
         return self.rows[:, self.tilted.shape[0] :]
 
 
-def row_gradient(factors: Factors, weight: Tensor) -> Tensor:
-    """(N, width): what tilt, hot ids and tail add to a gradient by rows, Σ_j g[n, j] weight[j];
+def picked(a: Tensor, ids: Tensor, b: Tensor, others: Tensor, more: int = 0) -> Tensor:
+    """Those rows of a, in b's dtype, then those rows of b, then room for more (i + j + more, width)."""
+    count = ids.shape[0] + others.shape[0]
+    out = b.new_empty(count + more, b.shape[1])
+    if out.device.type == "cuda":
+        torch.ops.cce.pick_rows_(out, a, ids, b, others)
+    else:
+        torch.cat([a[ids].to(b.dtype), b[others]], out=out[:count])
+    return out
+
+
+def of_ids(factors: Factors, weight: Tensor) -> Tensor:
+    """(J + H + G K, width): weight's rows of the tilted and the hot ids, then room for the groups';
     weight (V, width)."""
+    rows, _, tilted, hot, _ = factors
+    more = rows.shape[1] - tilted.shape[0] - hot.shape[0]
+    return picked(weight, tilted, weight, hot, more)
+
+
+def row_gradient(factors: Factors, weight: Tensor, other: Tensor) -> Tensor:
+    """(N, width): what tilt, hot ids and tail add to a gradient by rows, Σ_j g[n, j] weight[j];
+    weight (V, width). other: `of_ids` of them; the groups' rows are written to it."""
     rows, shape, tilted, hot, units = factors
-    kinds, whole = shape.shape[0], weight.shape[0] // GROUP
-    other = rows.new_empty(rows.shape[1], weight.shape[1])
+    kinds, (vocab, width) = shape.shape[0], weight.shape
     tilt, count = tilted.shape[0], tilted.shape[0] + hot.shape[0]
+    whole = vocab // GROUP
     end = whole * GROUP
-    torch.index_select(weight, 0, tilted, out=other[:tilt])
-    torch.index_select(weight, 0, hot, out=other[tilt:count])
     centers = other[count:]
     if whole:
-        grouped = shape[:, :end].unflatten(1, (whole, GROUP)).transpose(0, 1)
-        to = centers[: whole * kinds].unflatten(0, (whole, kinds))
-        torch.bmm(grouped, weight[:end].unflatten(0, (whole, GROUP)), out=to)
-    if weight.shape[0] > end:
+        grouped = shape[:, :end].view(kinds, whole, GROUP).transpose(0, 1)
+        to = centers[: whole * kinds].view(whole, kinds, width)
+        torch.bmm(grouped, weight[:end].view(whole, GROUP, width), out=to)
+    if vocab > end:
         torch.mm(shape[:, end:], weight[end:], out=centers[whole * kinds :])
     if rows.dtype != torch.float16:  # needs no units: one product, rounded once
         return rows @ other

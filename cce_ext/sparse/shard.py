@@ -140,10 +140,10 @@ def _share(
     ignore_index: int,
 ) -> Tensor:
     known = Lists(*lists)
-    return torch.ops.cce.backward_shares(
+    return torch.ops.cce.dropped_share(
         row_vector(dnll), row_vector(dlse), targets.long().contiguous(), known.mass,
         known.exact_rows, ignore_index,
-    )[3]  # fmt: skip
+    )  # fmt: skip
 
 
 def _without(fields: NamedTuple, *known: str) -> tuple[Tensor, ...]:

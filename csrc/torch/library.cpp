@@ -17,12 +17,14 @@ STABLE_TORCH_LIBRARY(cce, m) {
       "float logit_scale, float label_smoothing, int vocab_start, int vocab_total, bool need_e, "
       "bool need_c, bool need_bias, bool need_u, bool need_lora_b) -> (Tensor de, Tensor dc, "
       "Tensor dbias, Tensor du, Tensor dlora_b)");
-  // Pieces of the CUDA backward. row_order: row numbers, those that count first, and how many count. row_gradients: one
+  // Pieces of the CUDA backward. row_order: row numbers, those that count first, and how many count.
+  // pick_rows_: out's first rows are a's rows ids_a, then b's rows ids_b. row_gradients: one
   // 32-byte record a row, in that order. dlogits_: writes dloss/dproduct of one chunk of the vocabulary, whose first
   // shard-local id is first_col; rows that do not count become zeros. column_tile: columns of a tile of the kernels that
   // serve this device.
   m.def("column_tile(Tensor like) -> int");
   m.def("row_order(Tensor targets, int ignore_index) -> (Tensor rows, Tensor count)");
+  m.def("pick_rows_(Tensor(a!) out, Tensor a, Tensor ids_a, Tensor b, Tensor ids_b) -> ()");
   m.def(
       "row_gradients(Tensor? dnll, Tensor? dlse, Tensor lse, Tensor targets, Tensor row_order, "
       "Tensor row_count, float label_smoothing, int ignore_index, int shard_size, int vocab_start, "
@@ -75,25 +77,26 @@ STABLE_TORCH_LIBRARY(cce, m) {
       "level_sums(Tensor(a!) levels, Tensor rows, Tensor draws, Tensor classes, Tensor bound2, "
       "Tensor lse, Tensor targets, Tensor exact, int shard_size, float eps, float softcap, "
       "int ignore_index, int vocab_start, int vocab_total) -> (Tensor sums, Tensor weight)");
-  // backward_shares: upstream weights, dropped masses, T. backward_rows_: by T, which rows go the exact way (their weights
-  // become zero), their share, dnll as it was; the exact rows' list; what float16 factors are divided by (units).
+  // dropped_share: T, the share of the probability mass that is dropped. backward_rows: upstream weights, dropped masses, T;
+  // by T (all shards' if given) which rows go the exact way, whose weights are zero, and dnll as it was; the exact rows'
+  // list; what float16 factors are divided by (units). exact_share may be in page-locked memory.
   m.def(
-      "backward_shares(Tensor? dnll, Tensor? dlse, Tensor targets, Tensor mass, Tensor listed, "
-      "int ignore_index) -> (Tensor a, Tensor d, Tensor row_mass, Tensor share)");
+      "dropped_share(Tensor? dnll, Tensor? dlse, Tensor targets, Tensor mass, Tensor listed, "
+      "int ignore_index) -> Tensor");
   m.def(
-      "backward_rows_(Tensor(a!) a, Tensor(b!) d, Tensor row_mass, Tensor share, Tensor targets, "
-      "Tensor listed, int ignore_index, float flat, float unit_scale, float unit_uniform) -> "
-      "(Tensor exact, Tensor exact_share, Tensor d_all, Tensor order, Tensor count, Tensor units)");
+      "backward_rows(Tensor? dnll, Tensor? dlse, Tensor targets, Tensor mass, Tensor listed, "
+      "Tensor? total_share, Tensor(a!) exact_share, int ignore_index, float flat, "
+      "float unit_scale, float unit_uniform) -> (Tensor a, Tensor d, Tensor row_mass, "
+      "Tensor share, Tensor exact, Tensor d_all, Tensor order, Tensor count, Tensor units)");
   // tail_factors: the rows' factors of the products with tilted ids (left to tilt_), hot ids (left to entry_weights) and
-  // tails. tail_shapes: by id, of like's dtype, and what each group weighs. tilt_ids: ids by that weight, and where each
-  // group's start. tilt_: from products with these ids to what the gradients by rows add to the tail.
+  // tails. tail_shapes: by id, of like's dtype; ids for the tilt by the groups' weights, and where each group's start. tilt_:
+  // from products with these ids to what the gradients by rows add to the tail.
   m.def(
       "tail_factors(Tensor classes, Tensor like, Tensor a, Tensor d, Tensor mass, Tensor units, "
       "int tilt, int hot, float scale, float? uniform) -> Tensor");
   m.def(
-      "tail_shapes(Tensor sums, Tensor like, float shared, bool smoothing) -> (Tensor shapes, "
-      "Tensor totals)");
-  m.def("tilt_ids(Tensor sums, Tensor totals, int count) -> (Tensor ids, Tensor first)");
+      "tail_shapes(Tensor sums, Tensor like, float shared, bool smoothing, int tilt) -> "
+      "(Tensor shapes, Tensor ids, Tensor first)");
   m.def(
       "tilt_(Tensor(a!) z, Tensor ids, Tensor first, Tensor classes, Tensor rows, Tensor weight, "
       "Tensor row_mass, Tensor mass, Tensor a, Tensor? bias, float softcap, float logit_scale, "

@@ -73,10 +73,37 @@ void dlogits_cuda(Tensor out, Tensor e, Tensor c, std::optional<Tensor> bias,
   check_cuda(backend().backward(p, current_stream(e.get_device_index())), "dlogits");
 }
 
+// A matrix whose rows are picked by pick_rows: of `like`'s dtype or float.
+cuda::StridedMatrix pick_from(const Tensor& t, const Tensor& like, bool* fp32, Tensor* keeps) {
+  *fp32 = t.scalar_type() == ScalarType::Float;
+  *keeps = *fp32 ? t : cast(t, like.scalar_type());
+  return strided(*keeps);
+}
+
+void pick_rows_cuda(Tensor out, Tensor a, Tensor ids_a, Tensor b, Tensor ids_b) {
+  const Guard guard(out.get_device_index());
+  STD_TORCH_CHECK(out.is_contiguous() && out.size(0) >= ids_a.size(0) + ids_b.size(0) &&
+                      out.size(1) == a.size(1) && out.size(1) == b.size(1),
+                  "out must be contiguous, with a row for each id and the columns of a and b");
+  Tensor keeps[2];
+  cuda::PickRowsParams p;
+  p.dtype = kernel_dtype(out);
+  p.from[0].matrix = pick_from(a, out, &p.from[0].fp32, &keeps[0]);
+  p.from[1].matrix = pick_from(b, out, &p.from[1].fp32, &keeps[1]);
+  p.from[0].ids = i64(ids_a, "ids_a");
+  p.from[1].ids = i64(ids_b, "ids_b");
+  p.from[0].count = ids_a.size(0);
+  p.from[1].count = ids_b.size(0);
+  p.out = out.mutable_data_ptr();
+  p.cols = out.size(1);
+  check_cuda(cuda::pick_rows(p, stream_of(out)), "pick_rows_");
+}
+
 }  // namespace
 }  // namespace cce::torch_api
 
 STABLE_TORCH_LIBRARY_IMPL(cce, CUDA, m) {
+  m.impl("pick_rows_", TORCH_BOX(&cce::torch_api::pick_rows_cuda));
   m.impl("linear_ce_forward", TORCH_BOX(&cce::torch_api::forward_cuda));
   m.impl("row_order", TORCH_BOX(&cce::torch_api::row_order_cuda));
   m.impl("row_gradients", TORCH_BOX(&cce::torch_api::row_gradients_cuda));

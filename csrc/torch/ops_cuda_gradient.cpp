@@ -6,72 +6,85 @@
 namespace cce::torch_api {
 namespace {
 
-cuda::BackwardRowsParams backward_rows(const Tensor& targets, const Tensor& listed,
-                                       int64_t ignore_index) {
-  STD_TORCH_CHECK(listed.scalar_type() == ScalarType::Bool && listed.is_contiguous(),
-                  "listed must be bool and contiguous");
+// What both ops of the rows need: upstream gradients, masses, rows that are exact already; room for a, d and row_mass.
+struct Rows {
   cuda::BackwardRowsParams p;
-  p.targets = i64(targets, "targets");
-  p.listed = static_cast<const uint8_t*>(listed.const_data_ptr());
-  p.n = targets.size(0);
-  p.ignore_index = ignore_index;
-  return p;
-}
+  Tensor a, d, row_mass, share;
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> backward_shares_cuda(std::optional<Tensor> dnll,
-                                                                std::optional<Tensor> dlse,
-                                                                Tensor targets, Tensor mass,
-                                                                Tensor listed,
-                                                                int64_t ignore_index) {
-  const Guard guard(targets.get_device_index());
-  cuda::BackwardRowsParams p = backward_rows(targets, listed, ignore_index);
-  if (dnll) {  // of a mean: one number for all rows
-    STD_TORCH_CHECK(dnll->scalar_type() == ScalarType::Float, "dnll must be float32");
-    p.dnll = static_cast<const float*>(dnll->const_data_ptr());
-    p.dnll_stride = dnll->stride(0);
+  Rows(const std::optional<Tensor>& dnll, const std::optional<Tensor>& dlse, const Tensor& targets,
+       const Tensor& mass, const Tensor& listed, int64_t ignore_index) {
+    p.targets = i64(targets, "targets");
+    p.listed = data<uint8_t>(listed, ScalarType::Bool, "listed");
+    p.n = targets.size(0);
+    p.ignore_index = ignore_index;
+    if (dnll) {  // of a mean: one number for all rows
+      STD_TORCH_CHECK(dnll->scalar_type() == ScalarType::Float, "dnll must be float32");
+      p.dnll = static_cast<const float*>(dnll->const_data_ptr());
+      p.dnll_stride = dnll->stride(0);
+    }
+    p.dlse = fp32_vector(dlse, "dlse");
+    p.mass = f32(mass, "mass");
+    p.groups = static_cast<int>(mass.size(1));
+    const auto room = [&](int64_t size) { return empty(targets, {size}, ScalarType::Float); };
+    a = room(p.n), d = room(p.n), row_mass = room(p.n), share = room(1);
+    p.a = floats(a);
+    p.d = floats(d);
+    p.row_mass = floats(row_mass);
+    p.share = floats(share);
   }
-  p.dlse = fp32_vector(dlse, "dlse");
-  p.mass = f32(mass, "mass");
-  p.groups = static_cast<int>(mass.size(1));
-  const auto floats_of = [&](int64_t size) { return empty(targets, {size}, ScalarType::Float); };
-  const Tensor a = floats_of(p.n), d = floats_of(p.n), row_mass = floats_of(p.n);
-  const Tensor share = floats_of(1);
-  p.a = floats(a);
-  p.d = floats(d);
-  p.row_mass = floats(row_mass);
-  p.share = floats(share);
-  check_cuda(cuda::backward_shares(p, stream_of(targets)), "backward_shares");
-  return {a, d, row_mass, share};
+};
+
+Tensor dropped_share_cuda(std::optional<Tensor> dnll, std::optional<Tensor> dlse, Tensor targets,
+                          Tensor mass, Tensor listed, int64_t ignore_index) {
+  const Guard guard(targets.get_device_index());
+  const Rows rows(dnll, dlse, targets, mass, listed, ignore_index);
+  check_cuda(cuda::dropped_share(rows.p, stream_of(targets)), "dropped_share");
+  return rows.share;
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward_rows_cuda(
-    Tensor a, Tensor d, Tensor row_mass, Tensor share, Tensor targets, Tensor listed,
-    int64_t ignore_index, double flat, double unit_scale, double unit_uniform) {
+// The device's address of a tensor (1,) that may lie in page-locked memory of the host.
+float* device_address(const Tensor& t, const char* name) {
+  float* const here = f32(t, name);
+  if (t.is_cuda()) return here;
+  cudaPointerAttributes found{};
+  check_cuda(cudaPointerGetAttributes(&found, here), name);
+  STD_TORCH_CHECK(found.type == cudaMemoryTypeHost, name,
+                  " must be on the device or in page-locked memory");
+  return static_cast<float*>(found.devicePointer);
+}
+
+using BackwardRows =
+    std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+BackwardRows backward_rows_cuda(std::optional<Tensor> dnll, std::optional<Tensor> dlse,
+                                Tensor targets, Tensor mass, Tensor listed,
+                                std::optional<Tensor> total_share, Tensor exact_share,
+                                int64_t ignore_index, double flat, double unit_scale,
+                                double unit_uniform) {
   const Guard guard(targets.get_device_index());
-  cuda::BackwardRowsParams p = backward_rows(targets, listed, ignore_index);
-  p.a = f32(a, "a");
-  p.d = f32(d, "d");
-  p.row_mass = f32(row_mass, "row_mass");
-  p.share = f32(share, "share");
+  const cudaStream_t stream = stream_of(targets);
+  Rows rows(dnll, dlse, targets, mass, listed, ignore_index);
+  cuda::BackwardRowsParams& p = rows.p;
+  p.total_share = total_share ? f32(*total_share, "total_share") : p.share;
   p.flat = static_cast<float>(flat);
   p.unit_scale = static_cast<float>(unit_scale);
   p.unit_uniform = static_cast<float>(unit_uniform);
   const Tensor exact = empty(targets, {p.n}, ScalarType::Bool);
-  const Tensor exact_share = empty(targets, {1}, ScalarType::Float);
   const Tensor d_all = empty(targets, {p.n}, ScalarType::Float);
   const Tensor found = empty_records<cuda::RowsFound>(targets, cuda::kRowsBlocks);
   const Tensor order = empty(targets, {p.n}, ScalarType::Int);
   const Tensor count = empty(targets, {1}, ScalarType::Int);
   const Tensor units = empty(targets, {3}, ScalarType::Float);
   p.exact = static_cast<uint8_t*>(exact.mutable_data_ptr());
-  p.exact_share = floats(exact_share);
+  p.exact_share = device_address(exact_share, "exact_share");
   p.d_all = floats(d_all);
   p.found = static_cast<cuda::RowsFound*>(found.mutable_data_ptr());
   p.order = i32(order, "order");
   p.count = i32(count, "count");
   p.units = floats(units);
-  check_cuda(cuda::backward_rows(p, stream_of(targets)), "backward_rows");
-  return {exact, exact_share, d_all, order, count, units};
+  check_cuda(cuda::dropped_share(p, stream), "dropped_share");
+  check_cuda(cuda::choose_exact_rows(p, stream), "choose_exact_rows");
+  return {rows.a, rows.d, rows.row_mass, rows.share, exact, d_all, order, count, units};
 }
 
 // See the schema. Only one of the two buffers of a sort lives on.
@@ -83,16 +96,18 @@ std::tuple<Tensor, Tensor> sort_columns_cuda(Tensor ids, Tensor row_first, int64
   p.capacity = ids.size(0);
   p.vocab = shard_size;
   const auto ints = [&](int64_t size) { return empty(ids, {size}, ScalarType::Int); };
-  const Tensor keys = ints(2 * p.capacity), orders[2] = {ints(p.capacity), ints(p.capacity)};
+  const Tensor orders[2] = {ints(p.capacity), ints(p.capacity)};
   const Tensor column_first = ints(shard_size + 1);
+  // One piece of memory: two lists of keys, CUB's.
   p.workspace_bytes = cuda::sort_columns_workspace(p.capacity);
-  const Tensor workspace = empty(ids, {static_cast<int64_t>(p.workspace_bytes)}, ScalarType::Byte);
+  const int64_t keys = ceil_div(2 * p.capacity, 64) * 64;
+  const Tensor workspace = ints(keys + ceil_div(static_cast<int64_t>(p.workspace_bytes), 4));
   for (int i = 0; i < 2; ++i) {
-    p.keys[i] = i32(keys, "keys") + i * p.capacity;
+    p.keys[i] = i32(workspace, "workspace") + i * p.capacity;
     p.orders[i] = i32(orders[i], "order");
   }
   p.column_first = i32(column_first, "column_first");
-  p.workspace = workspace.mutable_data_ptr();
+  p.workspace = i32(workspace, "workspace") + keys;
   int result = 0;
   check_cuda(cuda::sort_columns(p, &result, stream_of(ids)), "sort_columns");
   return {orders[result], column_first};
@@ -252,8 +267,8 @@ void exact_rows_cuda(std::optional<Tensor> de, std::optional<Tensor> dc,
 }  // namespace cce::torch_api
 
 STABLE_TORCH_LIBRARY_IMPL(cce, CUDA, m) {
-  m.impl("backward_shares", TORCH_BOX(&cce::torch_api::backward_shares_cuda));
-  m.impl("backward_rows_", TORCH_BOX(&cce::torch_api::backward_rows_cuda));
+  m.impl("dropped_share", TORCH_BOX(&cce::torch_api::dropped_share_cuda));
+  m.impl("backward_rows", TORCH_BOX(&cce::torch_api::backward_rows_cuda));
   m.impl("entry_weights", TORCH_BOX(&cce::torch_api::entry_weights_cuda));
   m.impl("sort_columns", TORCH_BOX(&cce::torch_api::sort_columns_cuda));
   m.impl("gather_", TORCH_BOX(&cce::torch_api::gather_cuda));

@@ -22,7 +22,7 @@ Tensor target_logits_cuda(Tensor e, Tensor c, Tensor targets, std::optional<Tens
   return gather_target_logits(in, Order(row_order, row_count), fp32_bias(in.bias), stream_of(e));
 }
 
-// Counts of ids, zeros at first, and what choosing the largest of them adds up from zero, too; room for more zeros after them.
+// Counts of ids, zeros at first, and what choosing the largest of them works with; room for more zeros after them.
 struct Tallies {
   int64_t vocab, padded;  // counts are read four at a time
   Tensor all;
@@ -30,22 +30,22 @@ struct Tallies {
   Tallies(const Tensor& like, int64_t size, int64_t more = 0)
       : vocab(size),
         padded(ceil_div(size, 4) * 4),
-        all(zeroed(like, padded + cuda::kHotBins + more, ScalarType::Int)) {}
+        all(zeroed(like, padded + cuda::kHotBins + 2 * cuda::kHotBlocks + more, ScalarType::Int)) {}
   int32_t* counts() const { return i32(all, "tallies"); }
   int32_t* bins() const { return counts() + padded; }
-  int32_t* more() const { return bins() + cuda::kHotBins; }
+  int32_t* places() const { return bins() + cuda::kHotBins; }
+  int32_t* more() const { return places() + 2 * cuda::kHotBlocks; }
 };
 
 // Writes the `hot` ids with the largest counts; returns their places by id (V,).
 Tensor choose_ids(const Tallies& tallies, int64_t* ids, int64_t hot) {
   const Tensor slots = empty(tallies.all, {tallies.vocab}, ScalarType::Int);
-  const Tensor places = empty(tallies.all, {2 * cuda::kHotBlocks}, ScalarType::Int);
   cuda::HotIdsParams p;
   p.counts = tallies.counts();
   p.vocab = tallies.vocab;
   p.hot = static_cast<int>(hot);
   p.bins = tallies.bins();
-  p.places = i32(places, "places");
+  p.places = tallies.places();
   p.ids = ids;
   p.slots = i32(slots, "slots");
   check_cuda(cuda::hot_ids(p, stream_of(slots)), "hot_ids");
@@ -228,14 +228,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> select_kept_c
   const Tallies tallies(lse, shard_size, blocks);
   keep.column_counts = tallies.counts();
   keep.kept = tallies.more();
-  const Tensor row_counts = ints(blocks * cuda::kKeepParts * cuda::kRowBlock);
-  keep.row_counts = i32(row_counts, "row_counts");
+  // Kept entries of rows, and where those of the row blocks start.
+  const int64_t row_counts = blocks * cuda::kKeepParts * cuda::kRowBlock;
+  const Tensor workspace = ints(row_counts + blocks);
+  keep.row_counts = i32(workspace, "workspace");
   const Tensor exact = empty(lse, {blocks}, ScalarType::Byte);
   keep.exact = u8(exact, "exact");
   check_cuda(cuda::count_kept(keep, stream), "count_kept");
 
-  const Tensor row_first = ints(n + 1), first = ints(blocks);
-  const Tensor tally = empty(lse, {4}, ScalarType::Long);
+  const Tensor row_first = ints(n + 1);
+  const Tensor tally = empty(lse, {5}, ScalarType::Long);
   cuda::PlaceParams place;
   place.kept = keep.kept;
   place.found = i32(counts, "counts");
@@ -243,7 +245,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> select_kept_c
   place.blocks = blocks;
   place.pool_capacity = pool.size(1);
   place.capacity = capacity;
-  place.first = i32(first, "first");
+  place.first = keep.row_counts + row_counts;
   place.end = i32(row_first, "row_first") + n;
   place.exact = keep.exact;
   place.tally = i64(tally, "tally");

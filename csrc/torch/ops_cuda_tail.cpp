@@ -76,8 +76,8 @@ Tensor tail_factors_cuda(Tensor classes, Tensor like, Tensor a, Tensor d, Tensor
 }
 
 // dtype's: that of like.
-std::tuple<Tensor, Tensor> tail_shapes_cuda(Tensor sums, Tensor like, double shared,
-                                            bool smoothing) {
+std::tuple<Tensor, Tensor, Tensor> tail_shapes_cuda(Tensor sums, Tensor like, double shared,
+                                                    bool smoothing, int64_t tilt) {
   const Guard guard(sums.get_device_index());
   STD_TORCH_CHECK(sums.size(0) == cuda::kTailClasses, "sums must have a row for each class");
   using Out = cuda::TailShapesParams::Out;
@@ -96,24 +96,19 @@ std::tuple<Tensor, Tensor> tail_shapes_cuda(Tensor sums, Tensor like, double sha
   const Tensor totals = empty(sums, {ceil_div(p.vocab, cuda::kGroupCols)}, ScalarType::Long);
   p.totals = i64(totals, "totals");
   check_cuda(cuda::tail_shapes(p, stream_of(sums)), "tail_shapes");
-  return {columns(shapes, p.vocab), totals};
-}
 
-std::tuple<Tensor, Tensor> tilt_ids_cuda(Tensor sums, Tensor totals, int64_t count) {
-  const Guard guard(sums.get_device_index());
-  STD_TORCH_CHECK(sums.size(0) == cuda::kTailClasses, "sums must have a row for each class");
-  cuda::TiltIdsParams p;
-  p.sums = f32(sums, "sums");
-  p.totals = i64(totals, "totals");
-  p.vocab = sums.size(1);
-  p.groups = static_cast<int>(totals.size(0));
-  p.count = static_cast<int>(count);
-  const Tensor ids = empty(sums, {count}, ScalarType::Long);
-  const Tensor first = empty(sums, {p.groups + 1}, ScalarType::Int);
-  p.ids = i64(ids, "ids");
-  p.first = i32(first, "first");
-  check_cuda(cuda::tilt_ids(p, stream_of(sums)), "tilt_ids");
-  return {ids, first};
+  cuda::TiltIdsParams t;
+  t.sums = p.sums;
+  t.totals = p.totals;
+  t.vocab = p.vocab;
+  t.groups = static_cast<int>(totals.size(0));
+  t.count = static_cast<int>(tilt);
+  const Tensor ids = empty(sums, {tilt}, ScalarType::Long);
+  const Tensor first = empty(sums, {t.groups + 1}, ScalarType::Int);
+  t.ids = i64(ids, "ids");
+  t.first = i32(first, "first");
+  check_cuda(cuda::tilt_ids(t, stream_of(sums)), "tilt_ids");
+  return {columns(shapes, p.vocab), ids, first};
 }
 
 void tilt_cuda(Tensor z, Tensor ids, Tensor first, Tensor classes, Tensor rows, Tensor weight,
@@ -160,6 +155,5 @@ STABLE_TORCH_LIBRARY_IMPL(cce, CUDA, m) {
   m.impl("level_sums", TORCH_BOX(&cce::torch_api::level_sums_cuda));
   m.impl("tail_factors", TORCH_BOX(&cce::torch_api::tail_factors_cuda));
   m.impl("tail_shapes", TORCH_BOX(&cce::torch_api::tail_shapes_cuda));
-  m.impl("tilt_ids", TORCH_BOX(&cce::torch_api::tilt_ids_cuda));
   m.impl("tilt_", TORCH_BOX(&cce::torch_api::tilt_cuda));
 }

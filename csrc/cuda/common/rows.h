@@ -51,6 +51,22 @@ struct StridedMatrix {
   int64_t row_stride = 0, col_stride = 0, cols = 0;
 };
 
+// Rows of two matrices, one after the other, in 16 bits.
+struct PickRowsParams {
+  struct From {
+    StridedMatrix matrix;
+    bool fp32 = false;             // else of the dtype
+    const int64_t* ids = nullptr;  // (count,)
+    int64_t count = 0;
+  };
+  Dtype dtype = Dtype::kBFloat16;
+  From from[2];
+  void* out = nullptr;  // (counts, cols)
+  int64_t cols = 0;
+};
+
+cudaError_t pick_rows(const PickRowsParams& params, cudaStream_t stream);
+
 struct TargetLogitParams {
   Dtype dtype = Dtype::kBFloat16;
   StridedMatrix e, c, u, lora_b;

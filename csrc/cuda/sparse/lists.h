@@ -143,8 +143,8 @@ struct PlaceParams {
   int32_t* first = nullptr;  // (blocks,): where a block's entries start
   int32_t* end = nullptr;    // (1,): where the last one's end
   uint8_t* exact = nullptr;  // (blocks,), set where a block's entries do not fit
-  int64_t* tally =
-      nullptr;  // (4,): candidates, kept entries, row blocks that overflowed, row blocks
+  // (5,): candidates, kept entries, row blocks that overflowed, row blocks, rows that count (at least 1)
+  int64_t* tally = nullptr;
 };
 
 // Where count_kept's entries go.
@@ -191,7 +191,7 @@ size_t sort_columns_workspace(int64_t capacity);
 // Entries by id, those of one id as they were: their numbers are orders[*result].
 cudaError_t sort_columns(const SortColumnsParams& params, int* result, cudaStream_t stream);
 
-// What a block of backward_rows finds in its rows, for the others.
+// What a block of choose_exact_rows finds in its rows, for the others.
 constexpr int kRowsBlocks = 64;
 struct alignas(16) RowsFound {
   float tail, a, d;  // largest |a| mass, |a|, |d| of rows that are not exact
@@ -208,26 +208,27 @@ struct BackwardRowsParams {
   int64_t n = 0, ignore_index = 0;
   int groups = 0;
   float flat = 0.0f;  // T from which all rows go the exact way
-  // By backward_shares:
+  // By dropped_share:
   float* a = nullptr;         // (N,): dnll + dlse
   float* d = nullptr;         // (N,): dnll
   float* row_mass = nullptr;  // (N,)
-  float* share = nullptr;     // (1,): T; shards of a vocabulary add theirs up before backward_rows
-  // By backward_rows, which clears a and d of exact rows:
-  float* d_all = nullptr;        // (N,): d as it was
-  uint8_t* exact = nullptr;      // (N,)
-  float* exact_share = nullptr;  // (1,): of the rows that count
-  RowsFound* found = nullptr;    // (kRowsBlocks,): workspace
-  int32_t* order = nullptr;      // (N,): exact rows first, ascending, the others after them
-  int32_t* count = nullptr;      // (1,): exact rows
+  float* share = nullptr;  // (1,): T; shards of a vocabulary add theirs up before choose_exact_rows
+  // By choose_exact_rows, which clears a and d of those:
+  const float* total_share = nullptr;  // (1,): T of all shards
+  float* d_all = nullptr;              // (N,): d as it was
+  uint8_t* exact = nullptr;            // (N,)
+  float* exact_share = nullptr;        // (1,): of the rows that count
+  RowsFound* found = nullptr;          // (kRowsBlocks,): workspace
+  int32_t* order = nullptr;            // (N,): exact rows first, ascending, the others after them
+  int32_t* count = nullptr;            // (1,): exact rows
   // Units of 16-bit factors (3,): of weights of kept entries, of mass * a, of products with shapes.
   float* units = nullptr;
   float unit_scale = 0.0f;    // |logit scale|; 0: bf16, all units are 1
   float unit_uniform = 0.0f;  // what a group's share of label smoothing is to |d|
 };
 
-cudaError_t backward_shares(const BackwardRowsParams& params, cudaStream_t stream);
-cudaError_t backward_rows(const BackwardRowsParams& params, cudaStream_t stream);
+cudaError_t dropped_share(const BackwardRowsParams& params, cudaStream_t stream);
+cudaError_t choose_exact_rows(const BackwardRowsParams& params, cudaStream_t stream);
 
 struct WeightParams {
   const int32_t* count = nullptr;  // (1,): entries
@@ -294,7 +295,7 @@ struct ColumnGradientParams {
   const void* shapes = nullptr;    // (kinds, shapes_ld), of the entries' dtype
   int64_t shapes_ld = 0;
   bool smoothing = false;        // one kind more than classes
-  const float* units = nullptr;  // (3,), by backward_rows
+  const float* units = nullptr;  // (3,), by choose_exact_rows
   Gradient out;                  // (V, width)
 };
 

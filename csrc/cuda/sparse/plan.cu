@@ -77,6 +77,7 @@ __global__ void __launch_bounds__(kThreads) place_kernel(const __grid_constant__
     p.tally[1] = before;
     p.tally[2] = overflowed;
     p.tally[3] = (*p.row_count + kRowBlock - 1) / kRowBlock;
+    p.tally[4] = max(*p.row_count, 1);
   }
 }
 

@@ -87,7 +87,7 @@ __global__ void __launch_bounds__(kListThreads)
   const int64_t begin = min(blockIdx.x * stretch, p.n), end = min(begin + stretch, p.n);
 
   // A NaN goes the exact way, which carries it to where eager's would be.
-  const bool flat = !(*p.share <= p.flat);
+  const bool flat = !(*p.total_share <= p.flat);
   RowsFound found{};
   for (int64_t row = begin + threadIdx.x; row < end; row += kListThreads) {
     float a = p.a[row], d = p.d[row];
@@ -134,14 +134,14 @@ __global__ void __launch_bounds__(kListThreads)
 
 }  // namespace
 
-cudaError_t backward_shares(const BackwardRowsParams& params, cudaStream_t stream) {
+cudaError_t dropped_share(const BackwardRowsParams& params, cudaStream_t stream) {
   const int blocks = static_cast<int>((params.n + kThreads / 32 - 1) / (kThreads / 32));
   row_kernel<<<blocks, kThreads, 0, stream>>>(params);
   share_kernel<<<1, kBlock, 0, stream>>>(params);
   return cudaGetLastError();
 }
 
-cudaError_t backward_rows(const BackwardRowsParams& params, cudaStream_t stream) {
+cudaError_t choose_exact_rows(const BackwardRowsParams& params, cudaStream_t stream) {
   if (params.n > INT32_MAX) return cudaErrorInvalidValue;  // numbers of rows are 32-bit
   const int64_t tiles = (params.n + kListThreads - 1) / kListThreads;
   return launch_together(list_kernel, params, tiles, kRowsBlocks, kListThreads, stream);

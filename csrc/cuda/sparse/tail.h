@@ -53,7 +53,7 @@ struct TailFactorsParams {
   float scale = 1.0f;    // of mass * a: the logit scale
   float uniform = 0.0f;  // of d: what label smoothing spreads over a group, 0 without
   bool smoothing = false;
-  const float* units = nullptr;  // (3,), by backward_rows
+  const float* units = nullptr;  // (3,), by choose_exact_rows
   Dtype dtype = Dtype::kBFloat16;
   void* factors = nullptr;  // (N, width): hot + groups * kinds columns, zeros up to the width
   int64_t ld = 0, hot = 0, width = 0;  // multiples of 8

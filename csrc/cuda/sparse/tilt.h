@@ -41,7 +41,7 @@ struct TiltParams {
   core::LossOptions options;
   float shared = 0.0f;                    // share of all classes' mean in each class's
   float strength = 0.0f, damping = 0.0f;  // β = strength / (1 + damping v)
-  const float* units = nullptr;           // (3,), by backward_rows
+  const float* units = nullptr;           // (3,), by choose_exact_rows
   float* means = nullptr;                 // (kTailClasses, count): scratch
 };
 
