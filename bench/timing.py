@@ -27,6 +27,8 @@ KIND_HELP = """
 """
 # Calls of a few microseconds would otherwise be queued by the ten thousand.
 _MOST_UNSETTLED = 1000
+# Calls of 50 ms took up to eight until their times no longer changed.
+_LEAST_UNSETTLED = 12
 
 Marks = tuple[torch.cuda.Event, torch.cuda.Event]
 
@@ -101,7 +103,8 @@ class Timer:
             return [self._cpu(call) for _ in range(effort.calls)]
         # All in one queue: waiting for one of them would be a rest. How many, an unhurried call tells.
         (each,) = self._finish([self._start(call)])
-        unsettled = min(math.ceil(1e3 * effort.seconds / max(each, 1e-3)), _MOST_UNSETTLED)
+        enough = math.ceil(1e3 * effort.seconds / max(each, 1e-3))
+        unsettled = min(max(enough, _LEAST_UNSETTLED), _MOST_UNSETTLED)
         marks = [self._start(call) for _ in range(unsettled + effort.calls)]
         return self._finish(marks)[unsettled:]
 

@@ -9,6 +9,14 @@
 
 namespace cce::cuda {
 
+// Groups of so many blocks.
+inline void set_group_bits(Work& w, int bits, int block_m) {
+  const int rows = block_m << bits;
+  w.group_bits = bits;
+  w.superblock =
+      superblock_height((w.n + rows - 1) / rows, 2 * (w.e.cols + w.u.cols) * int64_t{rows});
+}
+
 inline Work make_work(const Head& head, int64_t n, int tiles_per_split, int block_m, int block_n) {
   Work w;
   w.e = head.e;
@@ -22,7 +30,7 @@ inline Work make_work(const Head& head, int64_t n, int tiles_per_split, int bloc
   w.column_tiles = static_cast<int>((head.c.rows + block_n - 1) / block_n);
   w.tiles_per_split = tiles_per_split;
   w.splits = (w.column_tiles + tiles_per_split - 1) / tiles_per_split;
-  w.superblock = superblock_rows(head.e.cols + head.u.cols, block_m);
+  set_group_bits(w, 0, block_m);
   return w;
 }
 

@@ -5,6 +5,8 @@
 // so blocks that run at the same time share column tiles, and the classifier streams from memory once a superblock.
 #pragma once
 
+#include <algorithm>
+#include <cmath>
 #include <cstdint>
 
 namespace cce::cuda {
@@ -31,11 +33,14 @@ struct UnitOrder {
   }
 };
 
-// Row blocks whose part of [E, U] is about 18 MB: measured best on chips with 40 to 60 MB of second-level cache.
-inline int superblock_rows(int64_t k_elements, int block_m) {
-  constexpr int64_t kBytes = 18 << 20;
-  const int64_t blocks = kBytes / (2 * (k_elements > 0 ? k_elements : 1) * block_m);
-  return static_cast<int>(blocks < 1 ? 1 : (blocks > 1024 ? 1024 : blocks));
+// Height of the superblocks, of so many row blocks in all: about 18 MB of [E, U], measured best on chips with 40 to 60 MB of
+// second-level cache, a quarter more at most, and all of a height: a low one that is left over reads the classifier once more
+// for a few rows.
+inline int superblock_height(int row_blocks, int64_t bytes_of_a_block) {
+  constexpr double kBytes = 18 << 20;
+  const double superblocks = static_cast<double>(bytes_of_a_block) * row_blocks / kBytes;
+  const int count = std::max(1, static_cast<int>(std::ceil(superblocks - 0.25)));
+  return std::max(1, (row_blocks + count - 1) / count);
 }
 
 }  // namespace cce::cuda

@@ -61,9 +61,8 @@ cudaError_t launch_groups(Kernel kernel, int shared_bytes, const Head& head, int
   if (error != cudaSuccess) return error;
   Work work = make_work(head, n, tiles_per_split, Config::kBlockM, Config::kBlockN);
   const int multiprocessors = current_device().multiprocessors;
-  work.group_bits =
-      choose_group_bits((work.n + Config::kBlockM - 1) / Config::kBlockM, multiprocessors);
-  work.superblock = std::max(1, work.superblock >> work.group_bits);
+  const int row_blocks = (work.n + Config::kBlockM - 1) / Config::kBlockM;
+  set_group_bits(work, choose_group_bits(row_blocks, multiprocessors), Config::kBlockM);
   work.groups = groups_with_work(work, Config::kBlockM, multiprocessors >> work.group_bits);
   if (pace) {
     error = cudaMemsetAsync(pace, 0, kPaceSteps * sizeof(int32_t), stream);
