@@ -1,6 +1,6 @@
 // What the sampled rows drop, by id and class of rows, from the levels that the forward left of their logits. First one
 // block puts the rows in the order of their classes. Then a block has 128 bytes of all rows, and each of its eight warps
-// an eighth of the rows, one after the other: four bytes a lane, eight rows on their way at once. Where the class changes, the
+// an eighth of the rows, one after the other: four bytes a lane, sixteen rows on their way at once. Where the class changes, the
 // warp leaves its sums in shared memory, from where they are added up in the order of the warps. No atomics.
 // cce_ext/sparse/reference.py has the same steps in PyTorch.
 #include <cub/block/block_radix_sort.cuh>
@@ -11,7 +11,7 @@
 namespace cce::cuda {
 namespace {
 
-constexpr int kWarps = 8, kThreads = 32 * kWarps, kBytes = 4 * 32, kInFlight = 8;
+constexpr int kWarps = 8, kThreads = 32 * kWarps, kBytes = 4 * 32, kInFlight = 16;
 static_assert(kMaxSamples == kThreads,
               "a thread a row in sort_kernel, a lane a row in a warp's share");
 static_assert(kTailClasses == kWarps, "a warp adds up a class");

@@ -12,14 +12,14 @@
 namespace cce::cuda {
 namespace {
 
-constexpr int kThreads = 128, kBucketsEach = 3, kBuckets = kThreads * kBucketsEach;
-constexpr int kOffsetOctaves = 8;  // below the vocabulary's size
-constexpr int kTile = 2048;        // keys in shared memory
-constexpr int kHeld = 4;           // entries in a thread's registers
+constexpr int kThreads = 64, kBucketsEach = 6, kBuckets = kThreads * kBucketsEach;
+constexpr int kOffsetOctaves = 11;  // below the vocabulary's size
+constexpr int kTile = 1024;         // keys in shared memory
+constexpr int kHeld = 4;            // entries in a thread's registers
 constexpr float kMassUnit = 0x1p-31f;
 
 // Buckets of keys, in their order: for ids that are hot and others, sixteen an octave of id + offset, so that frequent ids,
-// which are usually the small ones, have buckets of their own too.
+// which are usually the small ones, have buckets of few.
 __device__ __forceinline__ int bucket_of(int key, int id_bits) {
   const int offset = 1 << (id_bits > kOffsetOctaves ? id_bits - kOffsetOctaves : 0);
   const auto sixteenth = [](int x) {  // of an octave, by the exponent and four more bits
