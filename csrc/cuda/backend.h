@@ -15,6 +15,8 @@ struct Backend {
   bool wants_compact_rows;       // whether Head::e_compact makes it faster
   bool paired_columns;           // how its threads hold columns, see cuda/common/levels.cuh
   std::string (*unsupported)();  // why it cannot run on the current device, or empty
+  // How many units, a row block times a split, blocks of the forward have one after the other.
+  int64_t (*forward_rounds)(int64_t n, int64_t splits);
   cudaError_t (*forward)(const ForwardParams&, cudaStream_t);
   cudaError_t (*backward)(const BackwardParams&, cudaStream_t);
   cudaError_t (*exact_rows)(const ExactRowsParams&, cudaStream_t);

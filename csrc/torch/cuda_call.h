@@ -132,8 +132,6 @@ struct Order {
 // allows. Blocks take units (row block x split) in turn, so the last round may be all but empty.
 inline int choose_tiles_per_split(int64_t n, int64_t v, const cuda::Backend& backend) {
   const int whole = static_cast<int>(kGroupCols / backend.block_n());
-  const int64_t row_blocks = ceil_div(n, backend.block_m);
-  const int64_t blocks = cuda::current_device().multiprocessors;
   const int64_t tiles = ceil_div(v, backend.block_n());
   int best = whole;
   int64_t best_rounds = 0;  // in tiles
@@ -141,7 +139,7 @@ inline int choose_tiles_per_split(int64_t n, int64_t v, const cuda::Backend& bac
     if (whole % t != 0) continue;
     const int64_t splits = ceil_div(tiles, t);
     if (best_rounds && 8 * splits * n > kPartialBytes) break;
-    const int64_t rounds = ceil_div(row_blocks * splits, blocks) * t;
+    const int64_t rounds = backend.forward_rounds(n, splits) * t;
     // A hundredth is worth smaller units, less is not.
     if (best_rounds && 100 * rounds >= 99 * best_rounds) continue;
     best = t;

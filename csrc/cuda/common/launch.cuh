@@ -9,12 +9,12 @@
 
 namespace cce::cuda {
 
-// Groups of so many blocks.
-inline void set_group_bits(Work& w, int bits, int block_m) {
-  const int rows = block_m << bits;
-  w.group_bits = bits;
-  w.superblock =
-      superblock_height((w.n + rows - 1) / rows, 2 * (w.e.cols + w.u.cols) * int64_t{rows});
+// Blocks of so many rows, and how many of them are a superblock.
+inline int row_blocks_of(const Work& w, int rows) {
+  return static_cast<int>((int64_t{w.n} + rows - 1) / rows);
+}
+inline int superblock_of(const Work& w, int rows) {
+  return superblock_height(row_blocks_of(w, rows), 2 * (w.e.cols + w.u.cols) * int64_t{rows});
 }
 
 inline Work make_work(const Head& head, int64_t n, int tiles_per_split, int block_m, int block_n) {
@@ -30,7 +30,7 @@ inline Work make_work(const Head& head, int64_t n, int tiles_per_split, int bloc
   w.column_tiles = static_cast<int>((head.c.rows + block_n - 1) / block_n);
   w.tiles_per_split = tiles_per_split;
   w.splits = (w.column_tiles + tiles_per_split - 1) / tiles_per_split;
-  set_group_bits(w, 0, block_m);
+  w.superblock = superblock_of(w, block_m);
   return w;
 }
 
@@ -41,21 +41,16 @@ inline Mode mode_of(const ForwardParams& p) {
   return plain && !p.partials.logit_sum ? Mode::kPlain : Mode::kGeneral;
 }
 
-// The groups that can have work, of as many as the device has room for: at least one.
-inline int groups_with_work(const Work& work, int block_m, int most) {
-  const int64_t size = int64_t{block_m} << work.group_bits;
-  const int64_t units = (work.n + size - 1) / size * work.splits;
-  return static_cast<int>(std::clamp<int64_t>(units, 1, most));
-}
-
 // One persistent block on each multiprocessor that can have work.
 template <typename Config, typename Kernel, typename... Args>
-cudaError_t launch(Kernel kernel, int shared_bytes, Work work, cudaStream_t stream, Args... args) {
-  work.groups = groups_with_work(work, Config::kBlockM, current_device().multiprocessors);
+cudaError_t launch(Kernel kernel, int shared_bytes, const Work& work, cudaStream_t stream,
+                   Args... args) {
   const cudaError_t error =
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
   if (error != cudaSuccess) return error;
-  kernel<<<work.groups, Config::kThreads, shared_bytes, stream>>>(work, args...);
+  const int64_t units = int64_t{row_blocks_of(work, Config::kBlockM)} * work.splits;
+  const auto blocks = std::clamp<int64_t>(units, 1, current_device().multiprocessors);
+  kernel<<<static_cast<unsigned>(blocks), Config::kThreads, shared_bytes, stream>>>(work, args...);
   return cudaGetLastError();
 }
 

@@ -13,6 +13,7 @@ constexpr int kBlockM = 128;
 std::string unsupported();
 // Columns of a tile on the current device.
 int block_n();
+int64_t forward_rounds(int64_t n, int64_t splits);
 cudaError_t forward(const ForwardParams& params, cudaStream_t stream);
 cudaError_t backward(const BackwardParams& params, cudaStream_t stream);
 cudaError_t exact_rows(const ExactRowsParams& params, cudaStream_t stream);

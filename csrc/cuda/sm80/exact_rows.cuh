@@ -204,7 +204,6 @@ __device__ void set_plan(const ExactRowsParams& p, Plan<T>& plan, int row0, int 
   work.tiles_per_split = 1;
   work.splits = work.column_tiles;
   work.superblock = kExactRows / Config::kBlockM;
-  work.groups = static_cast<int>(gridDim.x);
   plan.logits = LogitParams(p.head.options, p.head.bias ? p.head.bias + col0 : nullptr, at.cols);
   plan.out = {plan.g, kExactCols, true};
   plan.records = p.rows + row0;

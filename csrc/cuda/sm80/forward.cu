@@ -40,6 +40,12 @@ cudaError_t choose(const ForwardParams& p, cudaStream_t stream) {
 
 }  // namespace
 
+int64_t forward_rounds(int64_t n, int64_t splits) {
+  const int64_t units = (n + kBlockM - 1) / kBlockM * splits;
+  const int64_t blocks = current_device().multiprocessors;
+  return (units + blocks - 1) / blocks;
+}
+
 cudaError_t forward(const ForwardParams& params, cudaStream_t stream) {
   return params.head.dtype == Dtype::kBFloat16 ? choose<__nv_bfloat16>(params, stream)
                                                : choose<__half>(params, stream);

@@ -59,11 +59,11 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
     const int thread = ptx::thread_again(), warp = thread / 32;
     const int group = warp / Config::kWarpsM;
     const int warp_row = warp % Config::kWarpsM * Config::kWarpM + thread % 32 / 4;
-    Cursor at = Places::get(shared, Places::kEpilogue, work, row_blocks);
-    const int first = at.tile * Config::kBlockN + group * Config::kWarpN + Columns::first(thread);
-    const bool ragged = (at.tile + 1) * Config::kBlockN > logits.cols;
+    const Cursor here = Places::get(shared, Places::kEpilogue, work, row_blocks);
+    const int first = here.tile * Config::kBlockN + group * Config::kWarpN + Columns::first(thread);
+    const bool ragged = (here.tile + 1) * Config::kBlockN > logits.cols;
     const CandidateSink<Config::kWarps, kBufferedCandidates, kGates, 1> sink{
-        buffers, warp, thread % 32, candidates, at.row_block};
+        buffers, warp, thread % 32, candidates, here.row_block};
 #pragma unroll
     for (int m = 0; m < Config::kMmaM; ++m) {
       if constexpr (kMode != Mode::kPlain) {
@@ -76,15 +76,17 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
         const int row = warp_row + 16 * m + 8 * h;
         float bound = 0.0f;
         if constexpr (kTraining)
-          bound = row_bound(candidates, at.row_block * Config::kBlockM + row, count);
+          bound = row_bound(candidates, here.row_block * Config::kBlockM + row, count);
         fold_row<kMode, kTraining, Columns>(acc[m], h, states, group, row, scale, first_col, first,
                                             logits, out, bound, candidates.log2_eps, sink);
         if constexpr (kTraining)
-          write_levels<Columns>(acc[m], h, candidates, at.row_block * Config::kBlockM + row, count,
-                                scale,
-                                first_col + at.tile * Config::kBlockN + group * Config::kWarpN);
+          write_levels<Columns>(acc[m], h, candidates, here.row_block * Config::kBlockM + row,
+                                count, scale,
+                                first_col + here.tile * Config::kBlockN + group * Config::kWarpN);
       }
     }
+    // Read again: registers are short in the loops above.
+    Cursor at = Places::get(shared, Places::kEpilogue, work, row_blocks);
     const int row_block = at.row_block;
     const int64_t split = at.split();
     const bool ends = at.next_tile();

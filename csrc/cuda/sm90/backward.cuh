@@ -53,7 +53,7 @@ __device__ __forceinline__ RowGradient read_record(const RowGradient* at) {
 
 template <typename T, Epilogue kEpilogue>
 __global__ void __launch_bounds__(Config::kThreads, 1)
-    backward_mainloop(const __grid_constant__ Work work, const __grid_constant__ Maps maps,
+    backward_mainloop(const __grid_constant__ GroupWork work, const __grid_constant__ Maps maps,
                       const __grid_constant__ LogitParams logits, const RowGradient* records,
                       int first_col, const __grid_constant__ DlogitsOut<T> out) {
   extern __shared__ __align__(Config::kAlignment) uint8_t shared[];

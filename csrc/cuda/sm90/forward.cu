@@ -32,6 +32,15 @@ cudaError_t choose(const ForwardParams& p, cudaStream_t stream) {
 
 }  // namespace
 
+int64_t forward_rounds(int64_t n, int64_t splits) {
+  GroupWork work;
+  work.n = static_cast<int>(n);
+  work.splits = static_cast<int>(splits);
+  choose_groups(forward_mainloop<__nv_bfloat16, Mode::kPlain, true>, forward_shared_bytes(true),
+                work);
+  return rounds(work);
+}
+
 cudaError_t forward(const ForwardParams& params, cudaStream_t stream) {
   return params.head.dtype == Dtype::kBFloat16 ? choose<__nv_bfloat16>(params, stream)
                                                : choose<__half>(params, stream);

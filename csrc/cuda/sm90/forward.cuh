@@ -36,7 +36,7 @@ constexpr int forward_shared_bytes(bool training) {
 // kTraining: look for candidates.
 template <typename T, Mode kMode, bool kTraining>
 __global__ void __launch_bounds__(Config::kThreads, 1)
-    forward_mainloop(const __grid_constant__ Work work, const __grid_constant__ Maps maps,
+    forward_mainloop(const __grid_constant__ GroupWork work, const __grid_constant__ Maps maps,
                      const __grid_constant__ LogitParams logits,
                      const __grid_constant__ Partials out,
                      const __grid_constant__ Candidates candidates, int64_t ld, int first_col) {
@@ -53,6 +53,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
                              Config::kAccumulators / 4 / kGates<kMode>>;
 
   const auto epilogue = [&](float (&acc)[Config::kMmaM][Config::kAccumulators], const Cursor& at) {
+    if (!at.tile_exists()) return;
     const int first = at.tile * Config::kBlockN + PairedColumns::first();
     const bool ragged = (at.tile + 1) * Config::kBlockN > logits.cols;
     // What follows from the thread's number is made anew where it is used, so that it takes no register in between.

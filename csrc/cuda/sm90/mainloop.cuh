@@ -10,9 +10,9 @@
 //   both tiles, and a thread of another warp keeps it in step with other blocks (sm90/pace.cuh). Otherwise the rows of A are
 //   not neighbours: its 128 threads gather them by cp.async, 16 bytes each, a sixth slower in all, and B still comes by
 //   tensor copy.
-// Clusters: four or two blocks work on neighbouring row blocks of the same columns (sm90/launch.cuh). Each loads its own A
-// tile and a part of the B tile, which goes to all (multicast): a tile of C crosses the chip once for them, and they stay
-// together whatever their epilogues take.
+// Clusters (sm90/launch.cuh): blocks on neighbouring row blocks of the same columns each load a part of the B tile, which goes
+// to all of them (multicast). Of twins, two such groups in a cluster, those two blocks that have the same rows each load half of
+// the A tile for both. So tiles cross the chip once for several blocks, which stay together whatever their epilogues take.
 // Barrier protocol: full[s] completes when the bytes of the stage are there: one arrival (which names the bytes of the
 // tensor copies, the other blocks' parts included), and in gather mode 128 more, when each thread's own cp.async have landed;
 // whoever multiplies then orders them before the tensor cores' reads (fence.proxy.async). empty[s] completes by one arrival
@@ -25,7 +25,6 @@
 #include <cstdint>
 
 #include "cuda/common/epilogue.cuh"
-#include "cuda/common/work.cuh"
 #include "cuda/ptx/cp_async.cuh"
 #include "cuda/ptx/grid.cuh"
 #include "cuda/ptx/mbarrier.cuh"
@@ -33,6 +32,7 @@
 #include "cuda/ptx/warpgroup.cuh"
 #include "cuda/ptx/wgmma.cuh"
 #include "cuda/sm90/config.h"
+#include "cuda/sm90/groups.cuh"
 #include "cuda/sm90/pace.cuh"
 #include "cuda/sm90/tensor_map.h"
 
@@ -67,7 +67,7 @@ struct Pipeline {
   uint32_t stages, full, empty, epilogue, pace;
   int slices_main, slices;
 
-  __device__ Pipeline(uint32_t base, const Work& work)
+  __device__ Pipeline(uint32_t base, const GroupWork& work)
       : stages(base),
         full(base + Config::kPipelineBytes),
         empty(full + 8 * Config::kStages),
@@ -83,38 +83,51 @@ struct Pipeline {
 };
 
 // One thread, before anybody uses the barriers and the pace; the block then synchronises.
-__device__ __forceinline__ void init_barriers(const Pipeline& pipe, const Work& work, bool gather) {
+__device__ __forceinline__ void init_barriers(const Pipeline& pipe, const GroupWork& work,
+                                              bool gather) {
   for (int s = 0; s < Config::kStages; ++s) {
     ptx::mbarrier_init(pipe.full + 8 * s, gather ? 129 : 1);
-    ptx::mbarrier_init(pipe.empty + 8 * s, 1 << work.cluster_bits);
+    // Everyone who gets something of what this block loads.
+    ptx::mbarrier_init(pipe.empty + 8 * s, (1 << work.cluster_bits) + (work.is_twin && !gather));
   }
   for (int w = 0; w < Config::kConsumers; ++w) ptx::mbarrier_init(pipe.epilogue + 8 * w, 128);
   ptx::fence_mbarrier_init();
   ptx::shared_set(pipe.pace, Pace::kAhead - 1);
 }
 
-// A slice of a B tile, or, in a cluster, this block's part of it for all blocks. row: the tile's first.
-__device__ __forceinline__ void load_b(const Work& work, const CUtensorMap* map, uint32_t to,
-                                       uint32_t full, int k, int row, uint64_t policy) {
+// A slice of a B tile, or, in a cluster, this block's part of it for all that have the same columns. row: the tile's first.
+__device__ __forceinline__ void load_b(const GroupWork& work, const CUtensorMap* map, uint32_t to,
+                                       uint32_t full, int k, int row) {
   const int bits = work.cluster_bits;
   if (bits > 0) {
     const int size = 1 << bits, rank = static_cast<int>(blockIdx.x) & (size - 1);
-    ptx::tma_load_multicast(to + rank * (Config::kBytesB >> bits), map, full, k,
-                            row + rank * (Config::kBlockN >> bits),
-                            static_cast<uint16_t>((1 << size) - 1), policy);
+    ptx::tma_load_multicast<ptx::Caching::kNormal>(
+        to + rank * (Config::kBytesB >> bits), map, full, k, row + rank * (Config::kBlockN >> bits),
+        static_cast<uint16_t>(((1 << size) - 1) << work.side() * size));
   } else {
-    ptx::tma_load(to, map, full, k, row, policy);
+    ptx::tma_load<ptx::Caching::kNormal>(to, map, full, k, row);
+  }
+}
+
+// A slice of an A tile, or, of twins, this block's half of it for both. row: the tile's first.
+__device__ __forceinline__ void load_a(const GroupWork& work, const CUtensorMap* map, uint32_t to,
+                                       uint32_t full, int k, int row) {
+  if (work.is_twin) {
+    const int rank = work.group_rank(), other = rank + (1 << work.group_bits);
+    ptx::tma_load_multicast<ptx::Caching::kKeep>(to + work.side() * (Config::kBytesA / 2), map,
+                                                 full, k, row + work.side() * (Config::kBlockM / 2),
+                                                 static_cast<uint16_t>(1 << rank | 1 << other));
+  } else {
+    ptx::tma_load<ptx::Caching::kKeep>(to, map, full, k, row);
   }
 }
 
 // Both tiles of every slice by tensor copies; one thread. compact: A tiles from the matrices in the row order. A superblock's
 // E is read again with every tile of C and is to stay in the second-level cache.
-__device__ __forceinline__ void load_tiles(const Work& work, const Maps& maps, const Pipeline& pipe,
-                                           int row_blocks, bool compact) {
+__device__ __forceinline__ void load_tiles(const GroupWork& work, const Maps& maps,
+                                           const Pipeline& pipe, int row_blocks, bool compact) {
   const CUtensorMap* const e = compact ? &maps.e_compact : &maps.e;
   const CUtensorMap* const u = compact ? &maps.u_compact : &maps.u;
-  const uint64_t policy_a = ptx::cache_policy<ptx::Caching::kKeep>();
-  const uint64_t policy_b = ptx::cache_policy<ptx::Caching::kNormal>();
   Ring ring;
   Pace pace(work, pipe.slices, pipe.pace);
   for (Cursor at(work, row_blocks); !at.done(); at.next_tile()) {
@@ -131,25 +144,23 @@ __device__ __forceinline__ void load_tiles(const Work& work, const Maps& maps, c
         const uint32_t full = pipe.full + 8 * ring.stage;
         ptx::mbarrier_wait(pipe.empty + 8 * ring.stage, ring.phase ^ 1);
         ptx::mbarrier_arrive_expect(full, Config::kStageBytes);
-        ptx::tma_load(pipe.a(ring.stage), low_rank ? u : e, full, k, row, policy_a);
+        load_a(work, low_rank ? u : e, pipe.a(ring.stage), full, k, row);
         load_b(work, low_rank ? &maps.lora_b : &maps.c, pipe.b(ring.stage), full, k,
-               at.tile * Config::kBlockN, policy_b);
+               at.tile * Config::kBlockN);
       }
     }
-    if (at.tile + 1 == work.column_tiles)
-      pace.skip(work.splits * work.tiles_per_split - work.column_tiles);
+    if (at.ends_unit()) pace.skip(work.tiles_per_split - at.tiles_of_unit());
   }
 }
 
 // A tiles by gathering rows, B tiles by tensor copies; all 128 threads of the warpgroup.
 template <typename T>
-__device__ __forceinline__ void gather_tiles(const Work& work, const Maps& maps,
+__device__ __forceinline__ void gather_tiles(const GroupWork& work, const Maps& maps,
                                              const Pipeline& pipe, int row_blocks, int count) {
   constexpr int kPieces = Config::kBlockK / 8, kRowStep = 128 / kPieces;
   constexpr int kCopies = Config::kBlockM / kRowStep;
   const int thread = threadIdx.x % 128, piece = thread % kPieces, row = thread / kPieces;
   const uint32_t write = row * 128 + ((piece ^ (row & 7)) << 4);  // rows 16 apart swizzle alike
-  const uint64_t policy_b = ptx::cache_policy<ptx::Caching::kNormal>();
   Ring ring;
   for (Cursor at(work, row_blocks); !at.done(); at.next_tile()) {
     int rows[kCopies];
@@ -168,7 +179,7 @@ __device__ __forceinline__ void gather_tiles(const Work& work, const Maps& maps,
       if (thread == 0) {
         ptx::mbarrier_arrive_expect(full, Config::kBytesB);
         load_b(work, low_rank ? &maps.lora_b : &maps.c, pipe.b(ring.stage), full, k,
-               at.tile * Config::kBlockN, policy_b);
+               at.tile * Config::kBlockN);
       }
       const T* from = static_cast<const T*>(a.data) + k + piece * 8;
       const bool beyond = k + piece * 8 >= a.cols;
@@ -187,17 +198,18 @@ __device__ __forceinline__ void gather_tiles(const Work& work, const Maps& maps,
 // the other warpgroup.
 template <typename T>
 __device__ __forceinline__ void multiply(float (&acc)[Config::kMmaM][Config::kAccumulators],
-                                         const Work& work, const Pipeline& pipe, Ring& ring,
+                                         const GroupWork& work, const Pipeline& pipe, Ring& ring,
                                          bool gather, int other) {
-  // A thread for each block of the cluster.
-  const bool releases = threadIdx.x % 128 < 1u << work.cluster_bits;
+  // A thread for each block that loads something for this one: those with the same columns, then the one with the same rows.
+  const int mates = 1 << work.cluster_bits;
+  const bool releases =
+      static_cast<int>(threadIdx.x) % 128 < mates + (work.is_twin && !gather ? 1 : 0);
   const auto release = [&](int stage) {
     const uint32_t empty = pipe.empty + 8 * stage;
     if (!releases) return;
-    if (work.cluster_bits > 0)
-      ptx::mbarrier_arrive_at(empty, threadIdx.x % 128);
-    else
-      ptx::mbarrier_arrive(empty);
+    if (work.cluster_size_bits() == 0) return ptx::mbarrier_arrive(empty);
+    const int me = work.cluster_rank(), i = static_cast<int>(threadIdx.x) % 128;
+    ptx::mbarrier_arrive_at(empty, i < mates ? (me & -mates) + i : me ^ mates);
   };
   int last = 0;
 #pragma unroll 1
@@ -245,7 +257,7 @@ __device__ __forceinline__ void start_accumulators(
 
 // The stream of tiles of warpgroup 0 or 1. epilogue(acc, cursor) runs in the order of the tiles. bias: null for none.
 template <typename T, typename TileEpilogue>
-__device__ __forceinline__ void consume(const Work& work, const Pipeline& pipe, int row_blocks,
+__device__ __forceinline__ void consume(const GroupWork& work, const Pipeline& pipe, int row_blocks,
                                         bool gather, const float* bias, TileEpilogue&& epilogue) {
   // Known to be the same in a whole warp, so that what follows from it takes no register of a thread.
   const int mine = __shfl_sync(~0u, static_cast<int>(threadIdx.x) / 128, 0), other = mine ^ 1;
@@ -275,7 +287,7 @@ __device__ __forceinline__ void consume(const Work& work, const Pipeline& pipe, 
 
 // The whole block: barriers, roles, streams. prepare() runs in all threads before the roles part.
 template <typename T, typename Prepare, typename TileEpilogue>
-__device__ __forceinline__ void run_block(const Work& work, const Maps& maps, uint8_t* shared,
+__device__ __forceinline__ void run_block(const GroupWork& work, const Maps& maps, uint8_t* shared,
                                           int count, const float* bias, Prepare&& prepare,
                                           TileEpilogue&& epilogue) {
   const Pipeline pipe(ptx::shared_address(shared), work);
@@ -284,7 +296,7 @@ __device__ __forceinline__ void run_block(const Work& work, const Maps& maps, ui
   const bool all = count == work.e.rows, gather = !all && !work.compact;
   if (threadIdx.x == 0) init_barriers(pipe, work, gather);
   prepare();
-  if (work.cluster_bits > 0)
+  if (work.cluster_size_bits() > 0)
     ptx::cluster_sync();
   else
     __syncthreads();
@@ -303,12 +315,12 @@ __device__ __forceinline__ void run_block(const Work& work, const Maps& maps, ui
     consume<T>(work, pipe, row_blocks, gather, bias, epilogue);
   }
   // Other blocks of the cluster may still arrive at barriers of this one.
-  if (work.cluster_bits > 0) {
+  if (work.cluster_size_bits() > 0) {
     __syncwarp();
     ptx::cluster_sync();
   }
   // The second launch of two ends after the first: what comes after it in the stream waits for both.
-  if (work.first_group > 0) ptx::wait_for_grids_before();
+  if (work.twins > 0 && !work.is_twin) ptx::wait_for_grids_before();
 }
 
 }  // namespace cce::cuda::sm90

@@ -12,8 +12,8 @@
 
 #include <climits>
 
-#include "cuda/common/work.cuh"
 #include "cuda/ptx/counter.cuh"
+#include "cuda/sm90/groups.cuh"
 
 namespace cce::cuda::sm90 {
 
@@ -24,7 +24,7 @@ class Pace {
   static constexpr int kAhead = 2;         // steps that may be begun when nobody has said anything
 
   // slices: of a tile; allowed: where in shared memory the step is that may begin.
-  __device__ __forceinline__ Pace(const Work& work, int slices, uint32_t allowed)
+  __device__ __forceinline__ Pace(const GroupWork& work, int slices, uint32_t allowed)
       : work_(work), allowed_(allowed) {
     const int steps = max(1, slices / kStepSlices);
     step_slices_ = (slices + steps - 1) / steps;
@@ -50,15 +50,13 @@ class Pace {
   }
 
   // Says which steps may begin, to the end of the block's work; one thread, if this block waits. at: its first tile.
-  __device__ __forceinline__ void keep(const Cursor& at) const {
-    const int unit_steps = tile_steps_ * work_.tiles_per_split, units = at.units();
+  __device__ __forceinline__ void keep(Cursor at) const {
+    const int unit_steps = tile_steps_ * work_.tiles_per_split, pairs = at.pairs();
 #pragma unroll 1
-    for (int step = 0, unit = at.unit; unit < units; unit += work_.groups) {
-      // As many groups have a unit in this round.
-      const int round = step / unit_steps, groups = min(work_.groups, units - round * work_.groups);
+    for (int step = 0; !at.done(); at.unit = at.next_unit()) {
 #pragma unroll 1
       for (const int end = step + unit_steps; step < end; ++step) {
-        const int enough = step / kPaceSteps * work_.groups + groups;
+        const int enough = begun_in_all(step, unit_steps, pairs);
         int tries = 0;
         while (ptx::counter_read(counter(step)) < enough) {
           if (++tries < kMostTries) continue;
@@ -74,13 +72,29 @@ class Pace {
   __device__ __forceinline__ int32_t* counter(int step) const {
     return work_.pace + step % kPaceSteps;
   }
-  // Once a group.
+  // Once a group, of twins for both.
   __device__ __forceinline__ void count() {
-    if (work_.group_rank() == 0) ptx::counter_add(counter(step_), 1);
+    if (work_.group_rank() == 0) ptx::counter_add(counter(step_), 1 << work_.is_twin);
     ++step_;
   }
+  // Groups that have a unit in a round: twins have two rounds a period, single groups as many as a pair has units.
+  __device__ __forceinline__ int groups_in(int round, int pairs) const {
+    const int left = pairs - (round >> work_.pair_bits) * work_.period();
+    const int of_twins = left - (round & work_.pair_bits) * work_.twins;
+    return 2 * max(0, min(of_twins, work_.twins)) +
+           max(0, min(left - 2 * work_.twins, work_.singles));
+  }
+  // What a step's counter says when all groups that have the step have begun it: earlier steps count there too.
+  __device__ __forceinline__ int begun_in_all(int step, int unit_steps, int pairs) const {
+    const int all = 2 * work_.twins + work_.singles;
+    const int whole = ((pairs / work_.period()) << work_.pair_bits) * unit_steps;
+    int begun = 0;
+#pragma unroll 1
+    for (; step >= whole; step -= kPaceSteps) begun += groups_in(step / unit_steps, pairs);
+    return step < 0 ? begun : begun + (step / kPaceSteps + 1) * all;
+  }
 
-  const Work& work_;
+  const GroupWork& work_;
   uint32_t allowed_;
   int step_slices_, tile_steps_, step_ = 0;
 };

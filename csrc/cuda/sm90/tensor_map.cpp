@@ -39,16 +39,16 @@ cudaError_t make_map(const Matrix& m, Dtype dtype, int box_rows, CUtensorMap* ma
 
 bool has_tensor_maps() { return encoder() != nullptr; }
 
-cudaError_t make_maps(const Head& head, int block_m, int part_n, Maps* maps) {
+cudaError_t make_maps(const Head& head, int part_m, int part_n, Maps* maps) {
   const auto add = [&](const Matrix& m, int box_rows, CUtensorMap* map, cudaError_t before) {
     return before == cudaSuccess ? make_map(m, head.dtype, box_rows, map) : before;
   };
-  cudaError_t error = add(head.e, block_m, &maps->e, cudaSuccess);
+  cudaError_t error = add(head.e, part_m, &maps->e, cudaSuccess);
   error = add(head.c, part_n, &maps->c, error);
-  error = add(head.u, block_m, &maps->u, error);
+  error = add(head.u, part_m, &maps->u, error);
   error = add(head.lora_b, part_n, &maps->lora_b, error);
-  error = add(head.e_compact, block_m, &maps->e_compact, error);
-  error = add(head.u_compact, block_m, &maps->u_compact, error);
+  error = add(head.e_compact, part_m, &maps->e_compact, error);
+  error = add(head.u_compact, part_m, &maps->u_compact, error);
   return error;
 }
 

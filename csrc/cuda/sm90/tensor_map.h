@@ -15,7 +15,7 @@ struct Maps {
 // Whether the driver has what make_maps needs.
 bool has_tensor_maps();
 
-// Boxes of 64 columns, of block_m rows for those by rows and of part_n rows for C and B.
-cudaError_t make_maps(const Head& head, int block_m, int part_n, Maps* maps);
+// Boxes of 64 columns, of part_m rows for those by rows and of part_n rows for C and B.
+cudaError_t make_maps(const Head& head, int part_m, int part_n, Maps* maps);
 
 }  // namespace cce::cuda::sm90
