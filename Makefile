@@ -4,7 +4,7 @@ VENV ?= .venv
 JOBS ?= 2
 BIN := $(VENV)/bin
 
-CPP_FILES = $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
+CPP_FILES = $(shell find csrc tests/host -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 BUILD_INPUTS := setup.py pyproject.toml CMakeLists.txt \
                 $(shell find csrc cmake -type f 2>/dev/null) cce_ext/_version.py
 INSTALLED := $(VENV)/.installed

@@ -1,0 +1,112 @@
+// Deals out the work of many launches as the blocks of csrc/cuda/sm90 do, and complains where a tile is taken by nobody or twice,
+// where blocks of a cluster do not go in step, or where sm90/pace.cuh expects another count than there will be.
+#include <cuda_runtime_api.h>
+
+#include <cstdio>
+#include <map>
+#include <random>
+#include <utility>
+#include <vector>
+
+#define private public  // Pace's counts
+#include "cuda/sm90/pace.cuh"
+#undef private
+
+using namespace cce::cuda::sm90;
+
+namespace {
+
+struct Launch {
+  GroupWork work;
+  int row_blocks, slices;
+};
+
+// Places of a block, one a tile; row block and tile.
+std::vector<std::pair<int, int>> way_of(const Launch& l, int block) {
+  blockIdx.x = static_cast<unsigned>(block);
+  std::vector<std::pair<int, int>> way;
+  for (Cursor at(l.work, l.row_blocks); !at.done(); at.next_tile())
+    way.emplace_back(at.row_block, at.tile);
+  return way;
+}
+
+bool check(Launch l) {
+  GroupWork& w = l.work;
+  std::map<std::pair<int, int>, int> taken;
+  std::map<int, int> begun;  // groups by step
+  const Pace pace(w, l.slices, 0);
+  for (const bool twins : {true, false}) {
+    w.is_twin = twins;
+    const int groups = twins ? 2 * w.twins : w.singles, size = 1 << w.group_bits;
+    for (int group = 0; group < groups; ++group) {
+      const auto first = way_of(l, group * size);
+      for (int rank = 0; rank < size; ++rank) {
+        const auto way = way_of(l, group * size + rank);
+        if (way.size() != first.size()) return std::puts("a group's blocks part"), false;
+        for (size_t i = 0; i < way.size(); ++i) {
+          if (way[i] != std::pair(first[i].first + rank, first[i].second))
+            return std::puts("a group's blocks have other columns"), false;
+          ++taken[way[i]];
+        }
+      }
+      if (twins && group % 2) {
+        const auto other = way_of(l, (group - 1) * size);
+        if (other.size() != first.size()) return std::puts("twins part"), false;
+        for (size_t i = 0; i < first.size(); ++i)
+          if (other[i].first != first[i].first) return std::puts("twins have other rows"), false;
+      }
+      // Steps, with those of tiles that others have.
+      blockIdx.x = static_cast<unsigned>(group * size);
+      int step = 0;
+      for (Cursor at(w, l.row_blocks); !at.done(); at.next_tile()) {
+        int tiles = 1;
+        if (at.ends_unit()) tiles += w.tiles_per_split - at.tiles_of_unit();
+        for (int i = tiles * pace.tile_steps_; i > 0; --i) ++begun[step++];
+      }
+    }
+  }
+  const int rows = (l.row_blocks + (1 << w.group_bits) - 1) >> w.group_bits << w.group_bits;
+  for (int row = 0; row < rows; ++row)
+    for (int tile = 0; tile < w.column_tiles; ++tile)
+      if (taken[{row, tile}] != 1) return std::printf("%d times\n", taken[{row, tile}]), false;
+  blockIdx.x = 0;
+  const int pairs = Cursor(w, l.row_blocks).pairs(),
+            unit_steps = pace.tile_steps_ * w.tiles_per_split;
+  for (const auto& [step, groups] : begun) {
+    int count = 0;
+    for (int s = step; s >= 0; s -= cce::cuda::kPaceSteps) count += begun[s];
+    if (pace.begun_in_all(step, unit_steps, pairs) != count) return std::puts("pace"), false;
+  }
+  return true;
+}
+
+}  // namespace
+
+int main() {
+  std::mt19937 random(1);
+  const auto any = [&](int low, int high) {
+    return low + static_cast<int>(random() % static_cast<unsigned>(high - low + 1));
+  };
+  for (int i = 0; i < 3000; ++i) {
+    Launch l;
+    GroupWork& w = l.work;
+    w.pair_bits = any(0, 2) > 0;
+    w.group_bits = w.pair_bits ? 2 : any(0, 2);
+    w.twins = w.pair_bits ? any(1, 16) : 0;
+    w.singles = w.pair_bits ? any(0, 4) : any(1, 33);
+    w.column_tiles = any(1, 150);
+    w.tiles_per_split = any(1, 12);
+    w.splits = (w.column_tiles + w.tiles_per_split - 1) / w.tiles_per_split;
+    w.superblock = any(1, 9);
+    l.row_blocks = any(1, 40);
+    l.slices = any(1, 90);
+    if (!check(l)) {
+      std::printf(
+          "launch %d: pairs %d, groups of %d, %d twins, %d singles, %d tiles, %d a split, %d "
+          "row blocks, superblock %d\n",
+          i, w.pair_bits, 1 << w.group_bits, w.twins, w.singles, w.column_tiles, w.tiles_per_split,
+          l.row_blocks, w.superblock);
+      return 1;
+    }
+  }
+}
