@@ -12,13 +12,13 @@ struct Config {
   static constexpr int kAccumulators = kBlockN / 2;  // numbers a thread holds of one m64 tile
   static constexpr int kBytesA = kBlockM * kBlockK * 2, kBytesB = kBlockN * kBlockK * 2;
   static constexpr int kStageBytes = kBytesA + kBytesB;
-  // Of the blocks of a cluster, which share a tile of C, each loads a part of its rows for all.
+  // Of the blocks of a cluster that share a tile of C, or as twins one of E, each loads a part of its rows for all.
   static constexpr int kMostClusterBits = 2;
   static constexpr int kPipelineBytes = kStages * kStageBytes;
   // And a number, see sm90/pace.cuh.
   static constexpr int kBarrierBytes = 8 * (2 * kStages + kConsumers) + 16;
   static constexpr int kAlignment = 1024;  // of a stage's tiles, for the 128-byte swizzle
-  static_assert(kBytesA % kAlignment == 0 && (kBytesB >> kMostClusterBits) % kAlignment == 0);
+  static_assert(kBytesA / 2 % kAlignment == 0 && (kBytesB >> kMostClusterBits) % kAlignment == 0);
 };
 
 }  // namespace cce::cuda::sm90

@@ -16,8 +16,8 @@
 // Barrier protocol: full[s] completes when the bytes of the stage are there: one arrival (which names the bytes of the
 // tensor copies, the other blocks' parts included), and in gather mode 128 more, when each thread's own cp.async have landed;
 // whoever multiplies then orders them before the tensor cores' reads (fence.proxy.async). empty[s] completes by one arrival
-// of each block of the cluster, of the warpgroup that has multiplied the stage, one slice late, when its products have been
-// waited for: then all loaders may write there. Blocks of a cluster end together. epilogue[w] completes by the 128 arrivals of
+// of each block that gets something of what this one loads, of the warpgroup that has multiplied the stage, one slice late, when
+// its products have been waited for: then this block may write there. Blocks of a cluster end together. epilogue[w] completes by the 128 arrivals of
 // the other warpgroup, before its first tile or after an epilogue: then warpgroup w may touch what both share. The named
 // barrier kProductTurn + w lets warpgroup w issue a tile's products, which touch nothing shared; the other one gives it.
 #pragma once
