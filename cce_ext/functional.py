@@ -37,7 +37,8 @@ from cce_ext.reference import (
     statistics,
     statistics_of_logits,
 )
-from cce_ext.sparse.op import refusal, token_count
+from cce_ext.sparse.forward import Lists
+from cce_ext.sparse.op import refusal
 
 
 class TokenMetrics(NamedTuple):
@@ -175,20 +176,18 @@ def linear_cross_entropy(
         ),
         filter=resolved,
     )
-    count = None
+    tally = None
     if vocab_parallel_options is not None:
         stats = _parallel_rows(
             name, flat_e, head, flat_targets, options, reduction, vocab_parallel_options, facts
         )
     else:
-        stats, count = _rows(name, flat_e, head, flat_targets, options, return_metrics, facts)
+        stats, tally = _rows(name, flat_e, head, flat_targets, options, return_metrics, facts)
 
     def tokens(x: Tensor) -> Tensor:
         return x.reshape(shape)[..., : shape[-1] - shift] if shift else x.reshape(shape)
 
-    if count is None and reduction == "mean" and num_items is None:
-        count = (flat_targets != ignore_index).sum().clamp(min=1)
-    loss = _reduce(stats.nll, count, reduction, num_items, tokens)
+    loss = _reduce(stats.nll, flat_targets, ignore_index, tally, reduction, num_items, tokens)
     results: list[Any] = [loss]
     if return_lse:
         results.append(tokens(stats.lse).clone())
@@ -236,8 +235,8 @@ def _rows(
     metrics: bool,
     facts: dict[str, Any],
 ) -> tuple[RowStatistics, Tensor | None]:
-    """Row statistics of e (N, D) by the implementation of this name, and how many tokens count (at
-    least 1), if it has counted them."""
+    """Row statistics of e (N, D) by the implementation of this name, and the tally of a sparse
+    forward."""
     if head.fallback:
         record(path="module", reason=head.fallback, **facts)
         z = finish_logits(head.module(e), options)
@@ -261,7 +260,7 @@ def _rows(
     if pair != "sparse_ce":
         return RowStatistics(*eager.forward(pair, *arguments)[:known]), None
     results = eager.forward(pair, *arguments, *facts["filter"])
-    return RowStatistics(*results[:known]), token_count(results)
+    return RowStatistics(*results[:known]), Lists(*results[known:]).tally
 
 
 def _check_parallel(
@@ -323,12 +322,14 @@ def _of_shards(nll: Tensor, lse: Tensor) -> RowStatistics:
 
 def _reduce(
     nll: Tensor,
-    count: Tensor | None,
+    targets: Tensor,
+    ignore_index: int,
+    tally: Tensor | None,
     reduction: str,
     num_items: int | Tensor | None,
     tokens: Any,
 ) -> Tensor:
-    """count: tokens that count, for a mean without num_items."""
+    """tally: of a sparse forward, which has counted the tokens that count."""
     if reduction == "none":
         return tokens(nll).clone()
     total = nll.sum()
@@ -336,7 +337,9 @@ def _reduce(
         return total
     if num_items is not None:
         return total / (num_items.to(total.device) if isinstance(num_items, Tensor) else num_items)
-    return total / count
+    if tally is not None:
+        return total / tally[-1]
+    return total / (targets != ignore_index).sum().clamp(min=1)
 
 
 def _metrics(stats: RowStatistics, targets: Tensor, ignore_index: int, tokens: Any) -> TokenMetrics:

@@ -200,10 +200,16 @@ def test_shapes(dtype: torch.dtype, smoothing: bool, v: int) -> None:
     sums = torch.exp(4 * normal(tail.CLASSES, v))
     sums[:, : tail.GROUP] = 0  # nobody drops anything there
     sums[3] = 0
-    shape, ids, first = torch.ops.cce.tail_shapes(
-        sums, torch.empty(0, device="cuda", dtype=dtype), tail.SHARED, smoothing, 0
-    )
-    assert ids.shape == (0,)
+    like = torch.empty(0, device="cuda", dtype=dtype)
+    shape, ids, first = torch.ops.cce.tail_shapes(sums, like, tail.SHARED, smoothing, 512)
+    # The groups' weights, by the ids drawn by them: none in the first group, some in every other one.
+    if v > tail.GROUP:
+        assert first[:2].tolist() == [0, 0]
+        assert (first.diff()[1:-1] > 0).all()
+        assert ids[0] >= tail.GROUP
+    none = torch.ops.cce.tail_shapes(sums, like, tail.SHARED, smoothing, 0)
+    assert torch.equal(none[0], shape)
+    assert none[1].shape == (0,)
     assert first.shape == (tail.groups(v) + 1,)
     assert shape.shape == (tail.CLASSES + smoothing, v)
     assert shape.stride(0) % 8 == 0

@@ -72,11 +72,6 @@ def _refusal_of_c(c: Tensor, n: int, eps: float) -> str:
     return ""
 
 
-def token_count(results: tuple[Tensor, ...]) -> Tensor:
-    """Of what ``sparse_ce_forward`` returns: how many rows count, at least 1 (int64 scalar)."""
-    return Lists(*results[-len(Lists._fields) :]).tally[-1]
-
-
 def _forward_cuda(*args: Any) -> tuple[Tensor, ...]:
     *call, metrics, eps, _, _ = args  # which gradients may be sparse matters to the backward alone
     return forward(prepare(*call), metrics, eps)

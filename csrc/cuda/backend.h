@@ -10,8 +10,8 @@ namespace cce::cuda {
 
 struct Backend {
   const char* name;
-  int block_m;       // rows of the forward's tile
-  int (*block_n)();  // its columns on the current device: the partials' layout follows from them
+  int (
+      *block_n)();  // columns of the forward's tile on the current device: the partials' layout follows from them
   bool wants_compact_rows;       // whether Head::e_compact makes it faster
   bool paired_columns;           // how its threads hold columns, see cuda/common/levels.cuh
   std::string (*unsupported)();  // why it cannot run on the current device, or empty

@@ -13,11 +13,11 @@ const std::vector<Backend>& backends() {
   static const std::vector<Backend> table = {
 #if CCE_HAS_SM90
       // Lists of exact rows are short or rare: the portable kernel serves them here too.
-      {"sm90", sm90::kBlockM, sm90::block_n, true, true, sm90::unsupported, sm90::forward_rounds,
-       sm90::forward, sm90::backward, sm80::exact_rows},
+      {"sm90", sm90::block_n, true, true, sm90::unsupported, sm90::forward_rounds, sm90::forward,
+       sm90::backward, sm80::exact_rows},
 #endif
-      {"sm80", sm80::kBlockM, sm80::block_n, false, false, sm80::unsupported, sm80::forward_rounds,
-       sm80::forward, sm80::backward, sm80::exact_rows},
+      {"sm80", sm80::block_n, false, false, sm80::unsupported, sm80::forward_rounds, sm80::forward,
+       sm80::backward, sm80::exact_rows},
   };
   return table;
 }

@@ -17,11 +17,10 @@ STABLE_TORCH_LIBRARY(cce, m) {
       "float logit_scale, float label_smoothing, int vocab_start, int vocab_total, bool need_e, "
       "bool need_c, bool need_bias, bool need_u, bool need_lora_b) -> (Tensor de, Tensor dc, "
       "Tensor dbias, Tensor du, Tensor dlora_b)");
-  // Pieces of the CUDA backward. row_order: row numbers, those that count first, and how many count.
-  // pick_rows_: out's first rows are a's rows ids_a, then b's rows ids_b. row_gradients: one
-  // 32-byte record a row, in that order. dlogits_: writes dloss/dproduct of one chunk of the vocabulary, whose first
-  // shard-local id is first_col; rows that do not count become zeros. column_tile: columns of a tile of the kernels that
-  // serve this device.
+  // Pieces of the CUDA backward. row_order: row numbers, those that count first, and how many count. pick_rows_: out's first
+  // rows are a's rows ids_a, then b's rows ids_b. row_gradients: one 32-byte record a row, in that order. dlogits_: writes
+  // dloss/dproduct of one chunk of the vocabulary, whose first shard-local id is first_col; rows that do not count become
+  // zeros. column_tile: columns of a tile of the kernels that serve this device.
   m.def("column_tile(Tensor like) -> int");
   m.def("row_order(Tensor targets, int ignore_index) -> (Tensor rows, Tensor count)");
   m.def("pick_rows_(Tensor(a!) out, Tensor a, Tensor ids_a, Tensor b, Tensor ids_b) -> ()");

@@ -41,12 +41,16 @@ inline Mode mode_of(const ForwardParams& p) {
   return plain && !p.partials.logit_sum ? Mode::kPlain : Mode::kGeneral;
 }
 
+template <typename Kernel>
+cudaError_t allow_shared_memory(Kernel kernel, int bytes) {
+  return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+}
+
 // One persistent block on each multiprocessor that can have work.
 template <typename Config, typename Kernel, typename... Args>
 cudaError_t launch(Kernel kernel, int shared_bytes, const Work& work, cudaStream_t stream,
                    Args... args) {
-  const cudaError_t error =
-      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
+  const cudaError_t error = allow_shared_memory(kernel, shared_bytes);
   if (error != cudaSuccess) return error;
   const int64_t units = int64_t{row_blocks_of(work, Config::kBlockM)} * work.splits;
   const auto blocks = std::clamp<int64_t>(units, 1, current_device().multiprocessors);

@@ -32,12 +32,6 @@ __global__ void __launch_bounds__(kThreads) pick_kernel(const __grid_constant__ 
   }
 }
 
-bool in_pieces(const PickRowsParams::From& from) {
-  const StridedMatrix& m = from.matrix;
-  return !from.fp32 && m.col_stride == 1 && m.row_stride % 8 == 0 &&
-         reinterpret_cast<uintptr_t>(m.data) % 16 == 0;
-}
-
 template <typename T>
 void launch(const PickRowsParams& p, bool pieces, unsigned blocks, cudaStream_t stream) {
   if (pieces)
@@ -52,9 +46,11 @@ cudaError_t pick_rows(const PickRowsParams& params, cudaStream_t stream) {
   const int64_t rows = params.from[0].count + params.from[1].count;
   if (rows == 0 || params.cols == 0) return cudaSuccess;
   const auto blocks = static_cast<unsigned>((rows + kThreads / 32 - 1) / (kThreads / 32));
-  const bool pieces = params.cols % 8 == 0 && in_pieces(params.from[0]) &&
-                      in_pieces(params.from[1]) &&
-                      reinterpret_cast<uintptr_t>(params.out) % 16 == 0;
+  const auto as_they_are = [](const PickRowsParams::From& from) {
+    return !from.fp32 && in_pieces(from.matrix);
+  };
+  const bool pieces = as_they_are(params.from[0]) && as_they_are(params.from[1]) &&
+                      in_pieces({params.out, params.cols, 1, params.cols});
   if (params.dtype == Dtype::kBFloat16)
     launch<__nv_bfloat16>(params, pieces, blocks, stream);
   else

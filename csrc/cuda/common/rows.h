@@ -51,6 +51,12 @@ struct StridedMatrix {
   int64_t row_stride = 0, col_stride = 0, cols = 0;
 };
 
+// Whether all rows are whole pieces of 16 bytes, of 16-bit numbers.
+inline bool in_pieces(const StridedMatrix& m) {
+  return m.cols == 0 || (m.col_stride == 1 && m.cols % 8 == 0 && m.row_stride % 8 == 0 &&
+                         reinterpret_cast<uintptr_t>(m.data) % 16 == 0);
+}
+
 // Rows of two matrices, one after the other, in 16 bits.
 struct PickRowsParams {
   struct From {

@@ -78,16 +78,10 @@ __global__ void __launch_bounds__(kThreads)
   if (threadIdx.x % 32 == 0) p.target_logit[row] = z;
 }
 
-bool vector_loads(const StridedMatrix& m) {
-  return m.cols == 0 || (m.col_stride == 1 && m.cols % 8 == 0 && m.row_stride % 8 == 0 &&
-                         reinterpret_cast<uintptr_t>(m.data) % 16 == 0);
-}
-
 template <typename T>
 cudaError_t launch(const TargetLogitParams& p, cudaStream_t stream) {
   const int blocks = static_cast<int>((p.n + kThreads / 32 - 1) / (kThreads / 32));
-  const bool vector =
-      vector_loads(p.e) && vector_loads(p.c) && vector_loads(p.u) && vector_loads(p.lora_b);
+  const bool vector = in_pieces(p.e) && in_pieces(p.c) && in_pieces(p.u) && in_pieces(p.lora_b);
   if (vector)
     target_logit_kernel<T, 8><<<blocks, kThreads, 0, stream>>>(p);
   else

@@ -7,8 +7,6 @@
 
 namespace cce::cuda::sm80 {
 
-constexpr int kBlockM = 128;
-
 // Why this backend cannot run on the current device, or empty.
 std::string unsupported();
 // Columns of a tile on the current device.

@@ -1,3 +1,4 @@
+#include "cuda/common/launch.cuh"
 #include "cuda/device_info.h"
 #include "cuda/sm80/backend.h"
 #include "cuda/sm80/exact_rows.cuh"
@@ -9,8 +10,7 @@ template <typename T, typename Config>
 cudaError_t run(ExactRowsParams p, cudaStream_t stream) {
   const auto kernel = exact_rows_kernel<T, Config>;
   constexpr int kBytes = backward_shared_bytes<Config>();
-  const cudaError_t error =
-      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
+  const cudaError_t error = allow_shared_memory(kernel, kBytes);
   if (error != cudaSuccess) return error;
   void* args[] = {&p};
   return cudaLaunchCooperativeKernel(reinterpret_cast<const void*>(kernel),

@@ -41,7 +41,7 @@ cudaError_t choose(const ForwardParams& p, cudaStream_t stream) {
 }  // namespace
 
 int64_t forward_rounds(int64_t n, int64_t splits) {
-  const int64_t units = (n + kBlockM - 1) / kBlockM * splits;
+  const int64_t units = (n + kRowBlock - 1) / kRowBlock * splits;
   const int64_t blocks = current_device().multiprocessors;
   return (units + blocks - 1) / blocks;
 }

@@ -6,8 +6,6 @@
 
 namespace cce::cuda::sm90 {
 
-static_assert(kBlockM == Config::kBlockM);
-
 int block_n() { return Config::kBlockN; }
 
 std::string unsupported() {

@@ -7,7 +7,6 @@
 
 namespace cce::cuda::sm90 {
 
-constexpr int kBlockM = 128;
 int block_n();
 
 // Why this backend cannot run on the current device, or empty.

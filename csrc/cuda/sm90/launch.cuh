@@ -42,11 +42,6 @@ struct Launch {
   }
 };
 
-template <typename Kernel>
-cudaError_t allow_shared_memory(Kernel kernel, int bytes) {
-  return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
-}
-
 // How many twins are on the current device at once; of every kernel one block fits on a multiprocessor.
 template <typename Kernel>
 int most_twins(Kernel kernel, int shared_bytes) {
