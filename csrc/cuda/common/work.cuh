@@ -19,26 +19,30 @@ struct Work {
   int superblock = 1;  // row blocks
 };
 
-// Where a block is in its stream of slices: unit, column tile, slice. Block b takes units b, b + gridDim.x, .... What follows
-// from the work is not kept: registers are for the accumulators.
-struct Cursor {
-  const Work& work;
+// Where a block is. What follows from the work is not kept: registers are for the accumulators.
+template <typename AnyWork>
+struct Place {
+  const AnyWork& work;
   int row_blocks;  // with rows that count
   int unit;
   int row_block = 0;
   int tile = 0;  // column tile
+
+  __device__ int split() const { return tile / work.tiles_per_split; }
+};
+
+// A block's way through its stream of slices. Block b takes units b, b + gridDim.x, ....
+struct Cursor : Place<Work> {
   int slice = 0;
 
-  __device__ Cursor(const Work& w, int blocks)
-      : work(w), row_blocks(blocks), unit(static_cast<int>(blockIdx.x)) {
+  __device__ Cursor(const Work& w, int blocks) : Place{w, blocks, static_cast<int>(blockIdx.x)} {
     enter();
   }
   // Where another one was.
   __device__ Cursor(const Work& w, int blocks, int4 place)
-      : work(w), row_blocks(blocks), unit(place.x), row_block(place.y), tile(place.z) {}
+      : Place{w, blocks, place.x, place.y, place.z} {}
   __device__ int4 place() const { return make_int4(unit, row_block, tile, 0); }
   __device__ bool done() const { return unit >= order().units(); }
-  __device__ int split() const { return tile / work.tiles_per_split; }
   __device__ bool last_of_unit() const {
     return tile + 1 == min((split() + 1) * work.tiles_per_split, work.column_tiles);
   }

@@ -34,23 +34,16 @@ struct GroupWork : Work {  // the superblock in row blocks of a group
   }
 };
 
-// Where a block is: unit, column tile. Twins t take the pairs t and t + twins of every period, single group g the pair
-// g + 2 twins. What follows from the work is not kept: registers are for the accumulators.
-struct Cursor {
-  const GroupWork& work;
-  int row_blocks;  // with rows that count
-  int unit;
-  int row_block = 0;
-  int tile = 0;  // column tile
-
+// A block's way through its tiles. Twins t take the pairs t and t + twins of every period, single group g the pair
+// g + 2 twins.
+struct Cursor : Place<GroupWork> {
   __device__ Cursor(const GroupWork& w, int blocks)
-      : work(w), row_blocks(blocks), unit(static_cast<int>(blockIdx.x) >> w.group_bits) {
+      : Place{w, blocks, static_cast<int>(blockIdx.x) >> w.group_bits} {
     if (!w.is_twin) unit = (unit + 2 * w.twins) << w.pair_bits;
     enter();
   }
   __device__ int pairs() const { return order().units(); }
   __device__ bool done() const { return unit >> work.pair_bits >= pairs(); }
-  __device__ int split() const { return tile / work.tiles_per_split; }
   __device__ bool tile_exists() const { return tile < work.column_tiles; }
   // Whether no tile of the unit that exists comes after this one.
   __device__ bool last_of_unit() const {
