@@ -26,7 +26,7 @@ KIND_HELP = """
   loss-fw-bw     both
 """
 # Calls of a few microseconds would otherwise be queued by the ten thousand.
-_MOST_UNSETTLED = 1000
+_MOST_CALLS = 1000
 # Calls of 50 ms took up to eight until their times no longer changed.
 _LEAST_UNSETTLED = 12
 
@@ -74,7 +74,8 @@ def matmul_call(e: Tensor, c: Tensor) -> Call:
 
 class Effort(NamedTuple):
     """How often a call is timed: in ``rounds`` rounds, in which the methods take turns, ``calls`` in
-    a row after calls that do not count, for ``seconds`` on a GPU, one elsewhere."""
+    a row at least, on a GPU for ``seconds``, after calls that do not count, on a GPU for as long,
+    elsewhere one."""
 
     rounds: int
     calls: int
@@ -104,8 +105,9 @@ class Timer:
         # All in one queue: waiting for one of them would be a rest. How many, an unhurried call tells.
         (each,) = self._finish([self._start(call)])
         enough = math.ceil(1e3 * effort.seconds / max(each, 1e-3))
-        unsettled = min(max(enough, _LEAST_UNSETTLED), _MOST_UNSETTLED)
-        marks = [self._start(call) for _ in range(unsettled + effort.calls)]
+        unsettled = min(max(enough, _LEAST_UNSETTLED), _MOST_CALLS)
+        timed = min(max(enough, effort.calls), _MOST_CALLS)
+        marks = [self._start(call) for _ in range(unsettled + timed)]
         return self._finish(marks)[unsettled:]
 
     def _cpu(self, call: Call) -> float:

@@ -1,44 +1,32 @@
 """The exact backward on CUDA: logit gradients chunk by chunk, then ordinary matmuls.
 
 Method: for a stretch of the vocabulary, ``cce::dlogits_`` recomputes the logits with the forward's
-own mainloop and writes their gradient G as a 16-bit chunk of bounded size; then dC = Gᵀ E and dE +=
-G C (likewise dB, dU, dbias), accumulated in fp32 over the chunks. Nothing waits for the device.
+own mainloop and writes their gradient G as a 16-bit chunk (which, `exact_chunks` says); then dC = Gᵀ
+E and dE += G C (likewise dB, dU, dbias), accumulated in fp32 over the chunks. Nothing waits for the device.
 """
 
 from __future__ import annotations
 
-import functools
-import os
-
 import torch
 from torch import Tensor
 
-# Rows of the kernels' tiles.
-_TILE_ROWS = 128
-# Bytes of workspace, fp32 sums included; CCE_BACKWARD_WORKSPACE_MB (in MB of 10⁶ bytes) overrides
-# it.
-DEFAULT_WORKSPACE_MB = 284
-# What matmuls of many columns cut their results into, one way or the other.
-_MATMUL_TILE = (128, 256)
-# Multiply-adds that a multiprocessor of an H200 does while memory moves a byte; of an A100 and an H100 about the same.
-_MULTIPLIES_PER_BYTE = 0.66
-# A chunk never gets less than this, however large the sums are.
-_MIN_CHUNK_BYTES = 100_000_000
+from cce_ext.exact_chunks import chunks
 
 
-def workspace_bytes() -> int:
-    """Bytes that a backward may take beyond its gradients."""
-    return int(float(os.environ.get("CCE_BACKWARD_WORKSPACE_MB", DEFAULT_WORKSPACE_MB)) * 1e6)
+def _is_readable(t: Tensor, dtype: torch.dtype) -> bool:
+    """Whether the kernels can read ``t`` (rows, cols) as it is."""
+    cols = t.shape[1]
+    pieces = t.stride(1) == 1 and t.stride(0) % 8 == 0 and t.data_ptr() % 16 == 0
+    # What lies between two rows of a view may be anything, and rows may lie in one another.
+    return t.dtype == dtype and pieces and cols % 8 == 0 and t.stride(0) >= cols
 
 
 def readable(t: Tensor, dtype: torch.dtype) -> Tensor:
     """``t`` (rows, cols) as the kernels read it: 16-bit, rows at multiples of 16 bytes; a copy only
     where needed."""
-    rows, cols = t.shape
-    pieces = t.stride(1) == 1 and t.stride(0) % 8 == 0 and t.data_ptr() % 16 == 0
-    # What lies between two rows of a view may be anything, and rows may lie in one another.
-    if t.dtype == dtype and pieces and cols % 8 == 0 and t.stride(0) >= cols:
+    if _is_readable(t, dtype):
         return t
+    rows, cols = t.shape
     if cols % 8 == 0:
         return t.to(dtype, memory_format=torch.contiguous_format, copy=True)
     padded = t.new_zeros(rows, -(-cols // 8) * 8, dtype=dtype)
@@ -46,51 +34,14 @@ def readable(t: Tensor, dtype: torch.dtype) -> Tensor:
     return padded[:, :cols]
 
 
-def _chunk_columns(e: Tensor, v: int, sums: int) -> int:
-    """Columns of a chunk: at most what the workspace takes, and of those the count with which all
-    chunks together take least.
-
-    Shape: e (N, D). ``sums``: bytes of the fp32 sums, which every chunk reads and writes.
-    """
-    (n, d), tile = e.shape, torch.ops.cce.column_tile(e)
-    budget = max(workspace_bytes() - sums, min(_MIN_CHUNK_BYTES, workspace_bytes()))
-    most = max(1, budget // (2 * n * tile))
-    if most >= -(-v // tile):
-        return v  # everything in one chunk
-    if most > 256:
-        return most * tile  # many small waves: nothing to gain
-    blocks = torch.cuda.get_device_properties(e.device).multi_processor_count
-    return _fastest_tiles(n, d, v, sums, tile, most, blocks) * tile
-
-
-@functools.lru_cache(maxsize=256)
-def _fastest_tiles(n: int, d: int, v: int, sums: int, tile: int, most: int, blocks: int) -> int:
-    """Tiles of a chunk, of which most/2 to most are allowed, by what waves of tiles and memory tell
-    of the time. blocks: multiprocessors."""
-
-    def waves(rows: int, columns: int) -> int:
-        return -(-rows * columns // blocks)
-
-    def cost(columns: int) -> float:
-        """Of one chunk, in multiply-adds of a multiprocessor: the recompute, the product by columns,
-        the sums. (The product by rows has the same tiles whatever the chunk.)"""
-        recompute = waves(-(-n // _TILE_ROWS), -(-columns // tile)) * _TILE_ROWS * tile * d
-        rows, width = _MATMUL_TILE
-        product = min(
-            waves(-(-columns // rows), -(-d // width)), waves(-(-columns // width), -(-d // rows))
-        )
-        return recompute + product * rows * width * n + 2 * sums * _MULTIPLIES_PER_BYTE
-
-    def total(tiles: int) -> float:
-        whole, rest = divmod(v, tiles * tile)
-        return whole * cost(tiles * tile) + (cost(rest) if rest else 0.0)
-
-    return min(range(most, most // 2, -1), key=total)
-
-
 def row_vector(t: Tensor | None) -> Tensor | None:
     """``t`` (N,) as the kernels read it."""
     return None if t is None else t.float().contiguous()
+
+
+def _place_in(rows: Tensor, n: int, columns: int, dtype: torch.dtype) -> Tensor:
+    """A matrix (n, columns) in the memory of contiguous rows that are large enough."""
+    return rows.view(-1).view(dtype)[: n * columns].view(n, columns)
 
 
 class _RowSum:
@@ -134,7 +85,8 @@ def exact_backward(
 
     Shapes: e (N, D), c (V, D), u (N, R), lora_b (V, R), bias (V,), the others (N,). Workspace: fp32
     dE (N, D) and dU (N, R), and one chunk of (N, columns) 16-bit numbers, together 284 MB unless
-    ``CCE_BACKWARD_WORKSPACE_MB`` says otherwise (or the sums alone are larger).
+    ``CCE_BACKWARD_WORKSPACE_MB`` says otherwise (or the sums alone are larger). Chunks that are
+    larger lie in rows of dC that are not yet filled.
     """
     n, v = e.shape[0], c.shape[0]
     no_grad = [t.dtype if t is not None else torch.float32 for t in (e, c, bias, u, lora_b)]
@@ -177,13 +129,19 @@ def exact_backward(
 
     buffer: Tensor | None = None
     sums = 4 * sum(t.total.numel() for t in (de, du) if t is not None)
-    step = _chunk_columns(e, v, sums)
-    for first in range(0, v, step):
-        last = min(first + step, v)
+    copied = sum(
+        2 * t.shape[1] for t in (c, lora_b) if t is not None and not _is_readable(t, e.dtype)
+    )
+    if db is not None and db.dtype != e.dtype:
+        copied += 4 * db.shape[1]
+    for first, last, in_dc in chunks(e, v, sums, dc, copied):
         columns = last - first
-        if buffer is None:
-            buffer = torch.empty(n, -(-columns // 8) * 8, device=e.device, dtype=e.dtype)
-        g = buffer[:, :columns]
+        if in_dc:
+            g = _place_in(dc[last:], n, columns, e.dtype)
+        else:
+            if buffer is None:
+                buffer = torch.empty(n, -(-columns // 8) * 8, device=e.device, dtype=e.dtype)
+            g = buffer[:, :columns]
         c_chunk = readable(c[first:last], e.dtype)
         b_chunk = None if lora_b is None else readable(lora_b[first:last], e.dtype)
         torch.ops.cce.dlogits_(

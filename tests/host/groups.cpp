@@ -1,5 +1,6 @@
 // Deals out the work of many launches as the blocks of csrc/cuda/sm90 do, and complains where a tile is taken by nobody or twice,
-// where blocks of a cluster do not go in step, or where sm90/pace.cuh expects another count than there will be.
+// where blocks of a cluster do not go in step, where a block has more units than there are rounds, or where sm90/pace.cuh
+// expects another count than there will be.
 #include <cuda_runtime_api.h>
 
 #include <cstdio>
@@ -25,8 +26,8 @@ struct Launch {
 std::vector<std::pair<int, int>> way_of(const Launch& l, int block) {
   blockIdx.x = static_cast<unsigned>(block);
   std::vector<std::pair<int, int>> way;
-  for (Cursor at(l.work, l.row_blocks); !at.done(); at.next_tile())
-    way.emplace_back(at.row_block, at.tile);
+  const Deal deal = l.work.deal(l.row_blocks);
+  for (Cursor at(l.work, deal); !at.done(); at.next_tile()) way.emplace_back(at.row_block, at.tile);
   return way;
 }
 
@@ -35,6 +36,10 @@ bool check(Launch l) {
   std::map<std::pair<int, int>, int> taken;
   std::map<int, int> begun;  // groups by step
   const Pace pace(w, l.slices, 0);
+  const Deal deal = w.deal(l.row_blocks);
+  // As many as if the last pairs' second halves existed, at most.
+  const int padded = deal.row_groups * ((w.splits + w.pair_bits) >> w.pair_bits << w.pair_bits);
+  if (deal.rounds > (padded + w.period() - 1) / w.period()) return std::puts("too many"), false;
   for (const bool twins : {true, false}) {
     w.is_twin = twins;
     const int groups = twins ? 2 * w.twins : w.singles, size = 1 << w.group_bits;
@@ -57,25 +62,27 @@ bool check(Launch l) {
       }
       // Steps, with those of tiles that others have.
       blockIdx.x = static_cast<unsigned>(group * size);
-      int step = 0;
-      for (Cursor at(w, l.row_blocks); !at.done(); at.next_tile()) {
+      int step = 0, units = 0;
+      for (Cursor at(w, deal); !at.done(); at.next_tile()) {
         int tiles = 1;
-        if (at.ends_unit()) tiles += w.tiles_per_split - at.tiles_of_unit();
+        if (at.ends_unit()) {
+          tiles += w.tiles_per_split - at.tiles_of_unit();
+          ++units;
+        }
         for (int i = tiles * pace.tile_steps_; i > 0; --i) ++begun[step++];
       }
+      if (units > deal.rounds) return std::puts("more units than rounds"), false;
     }
   }
   const int rows = (l.row_blocks + (1 << w.group_bits) - 1) >> w.group_bits << w.group_bits;
   for (int row = 0; row < rows; ++row)
     for (int tile = 0; tile < w.column_tiles; ++tile)
       if (taken[{row, tile}] != 1) return std::printf("%d times\n", taken[{row, tile}]), false;
-  blockIdx.x = 0;
-  const int pairs = Cursor(w, l.row_blocks).pairs(),
-            unit_steps = pace.tile_steps_ * w.tiles_per_split;
+  const int unit_steps = pace.tile_steps_ * w.tiles_per_split;
   for (const auto& [step, groups] : begun) {
     int count = 0;
     for (int s = step; s >= 0; s -= cce::cuda::kPaceSteps) count += begun[s];
-    if (pace.begun_in_all(step, unit_steps, pairs) != count) return std::puts("pace"), false;
+    if (pace.begun_in_all(step, unit_steps, deal) != count) return std::puts("pace"), false;
   }
   return true;
 }

@@ -23,8 +23,7 @@ struct Work {
 template <typename AnyWork>
 struct Place {
   const AnyWork& work;
-  int row_blocks;  // with rows that count
-  int unit;
+  int unit = 0;
   int row_block = 0;
   int tile = 0;  // column tile
 
@@ -33,14 +32,16 @@ struct Place {
 
 // A block's way through its stream of slices. Block b takes units b, b + gridDim.x, ....
 struct Cursor : Place<Work> {
+  int row_blocks;  // with rows that count
   int slice = 0;
 
-  __device__ Cursor(const Work& w, int blocks) : Place{w, blocks, static_cast<int>(blockIdx.x)} {
+  __device__ Cursor(const Work& w, int blocks)
+      : Place{w, static_cast<int>(blockIdx.x)}, row_blocks(blocks) {
     enter();
   }
   // Where another one was.
   __device__ Cursor(const Work& w, int blocks, int4 place)
-      : Place{w, blocks, place.x, place.y, place.z} {}
+      : Place{w, place.x, place.y, place.z}, row_blocks(blocks) {}
   __device__ int4 place() const { return make_int4(unit, row_block, tile, 0); }
   __device__ bool done() const { return unit >= order().units(); }
   __device__ bool last_of_unit() const {

@@ -38,7 +38,7 @@ int64_t forward_rounds(int64_t n, int64_t splits) {
   work.splits = static_cast<int>(splits);
   choose_groups(forward_mainloop<__nv_bfloat16, Mode::kPlain, true>, forward_shared_bytes(true),
                 work);
-  return rounds(work);
+  return work.deal(row_blocks_of(work, Config::kBlockM)).rounds;
 }
 
 cudaError_t forward(const ForwardParams& params, cudaStream_t stream) {

@@ -58,12 +58,6 @@ int most_twins(Kernel kernel, int shared_bytes) {
   });
 }
 
-// Pairs of units; units, where they do not come in pairs.
-inline int64_t pairs_of(const GroupWork& work) {
-  const int64_t row_blocks = row_blocks_of(work, Config::kBlockM << work.group_bits);
-  return row_blocks * ((work.splits + work.pair_bits) >> work.pair_bits);
-}
-
 // Which groups share the work, of which the rows and splits are known.
 template <typename Kernel>
 void choose_groups(Kernel kernel, int shared_bytes, GroupWork& work) {
@@ -74,17 +68,11 @@ void choose_groups(Kernel kernel, int shared_bytes, GroupWork& work) {
   const int most =
       work.group_bits == Config::kMostClusterBits ? most_twins(kernel, shared_bytes) : 0;
   work.pair_bits = most > 0;
-  const int64_t pairs = pairs_of(work);
+  const int64_t pairs = int64_t{row_blocks_of(work, Config::kBlockM << work.group_bits)} *
+                        ((work.splits + work.pair_bits) >> work.pair_bits);
   work.twins = static_cast<int>(std::min<int64_t>(most, pairs));
   work.singles =
       most > 0 ? groups - 2 * work.twins : static_cast<int>(std::clamp<int64_t>(pairs, 1, groups));
-}
-
-// Units that those with most of them have one after the other.
-inline int64_t rounds(const GroupWork& work) {
-  const int64_t pairs = pairs_of(work), left = pairs % work.period();
-  const int64_t of_left = left == 0 ? 0 : left > work.twins ? 1 << work.pair_bits : 1;
-  return (pairs / work.period() << work.pair_bits) + of_left;
 }
 
 // kernel(work, maps, args...) for the head's columns and the n rows of its order. pace: (kPaceSteps,), or null.

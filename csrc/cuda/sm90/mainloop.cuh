@@ -43,6 +43,9 @@
 namespace cce::cuda::sm90 {
 
 constexpr int kProductTurn = 1;
+// Where a block's Deal is, after the barriers; then comes the step that may begin.
+constexpr int kDealAt = Config::kPipelineBytes + 8 * (2 * Config::kStages + Config::kConsumers);
+static_assert(sizeof(Deal) + 4 <= 32);
 
 // The stage that a thread is at, and the parity of its barriers' phase.
 struct Ring {
@@ -72,7 +75,7 @@ struct Pipeline {
         full(base + Config::kPipelineBytes),
         empty(full + 8 * Config::kStages),
         epilogue(empty + 8 * Config::kStages),
-        pace(epilogue + 8 * Config::kConsumers),
+        pace(base + kDealAt + sizeof(Deal)),
         slices_main((static_cast<int>(work.e.cols) + Config::kBlockK - 1) / Config::kBlockK),
         slices(slices_main +
                (static_cast<int>(work.u.cols) + Config::kBlockK - 1) / Config::kBlockK) {}
@@ -125,12 +128,13 @@ __device__ __forceinline__ void load_a(const GroupWork& work, const CUtensorMap*
 // Both tiles of every slice by tensor copies; one thread. compact: A tiles from the matrices in the row order. A superblock's
 // E is read again with every tile of C and is to stay in the second-level cache.
 __device__ __forceinline__ void load_tiles(const GroupWork& work, const Maps& maps,
-                                           const Pipeline& pipe, int row_blocks, bool compact) {
+                                           const Pipeline& pipe, const Deal& deal, int row_blocks,
+                                           bool compact) {
   const CUtensorMap* const e = compact ? &maps.e_compact : &maps.e;
   const CUtensorMap* const u = compact ? &maps.u_compact : &maps.u;
   Ring ring;
   Pace pace(work, pipe.slices, pipe.pace);
-  for (Cursor at(work, row_blocks); !at.done(); at.next_tile()) {
+  for (Cursor at(work, deal); !at.done(); at.next_tile()) {
     // A group's last row blocks may not exist.
     const int row = min(at.row_block, row_blocks - 1) * Config::kBlockM;
 #pragma unroll 1
@@ -156,13 +160,13 @@ __device__ __forceinline__ void load_tiles(const GroupWork& work, const Maps& ma
 // A tiles by gathering rows, B tiles by tensor copies; all 128 threads of the warpgroup.
 template <typename T>
 __device__ __forceinline__ void gather_tiles(const GroupWork& work, const Maps& maps,
-                                             const Pipeline& pipe, int row_blocks, int count) {
+                                             const Pipeline& pipe, const Deal& deal, int count) {
   constexpr int kPieces = Config::kBlockK / 8, kRowStep = 128 / kPieces;
   constexpr int kCopies = Config::kBlockM / kRowStep;
   const int thread = threadIdx.x % 128, piece = thread % kPieces, row = thread / kPieces;
   const uint32_t write = row * 128 + ((piece ^ (row & 7)) << 4);  // rows 16 apart swizzle alike
   Ring ring;
-  for (Cursor at(work, row_blocks); !at.done(); at.next_tile()) {
+  for (Cursor at(work, deal); !at.done(); at.next_tile()) {
     int rows[kCopies];
 #pragma unroll
     for (int i = 0; i < kCopies; ++i) {
@@ -257,8 +261,9 @@ __device__ __forceinline__ void start_accumulators(
 
 // The stream of tiles of warpgroup 0 or 1. epilogue(acc, cursor) runs in the order of the tiles. bias: null for none.
 template <typename T, typename TileEpilogue>
-__device__ __forceinline__ void consume(const GroupWork& work, const Pipeline& pipe, int row_blocks,
-                                        bool gather, const float* bias, TileEpilogue&& epilogue) {
+__device__ __forceinline__ void consume(const GroupWork& work, const Pipeline& pipe,
+                                        const Deal& deal, bool gather, const float* bias,
+                                        TileEpilogue&& epilogue) {
   // Known to be the same in a whole warp, so that what follows from it takes no register of a thread.
   const int mine = __shfl_sync(~0u, static_cast<int>(threadIdx.x) / 128, 0), other = mine ^ 1;
   if (mine == 1) {  // warpgroup 0 begins
@@ -269,7 +274,7 @@ __device__ __forceinline__ void consume(const GroupWork& work, const Pipeline& p
   // Even: my turn; the next bit is the phase of epilogue[mine].
   int step = -mine;
   float acc[Config::kMmaM][Config::kAccumulators];
-  for (Cursor at(work, row_blocks); !at.done(); at.next_tile(), ++step) {
+  for (Cursor at(work, deal); !at.done(); at.next_tile(), ++step) {
     if (step % 2 != 0) {
       ring.skip(pipe.slices);
       continue;
@@ -294,7 +299,11 @@ __device__ __forceinline__ void run_block(const GroupWork& work, const Maps& map
   const int row_blocks = (count + Config::kBlockM - 1) / Config::kBlockM;
   ptx::allow_next_grid();
   const bool all = count == work.e.rows, gather = !all && !work.compact;
-  if (threadIdx.x == 0) init_barriers(pipe, work, gather);
+  Deal& deal = *reinterpret_cast<Deal*>(shared + kDealAt);
+  if (threadIdx.x == 0) {
+    init_barriers(pipe, work, gather);
+    deal = work.deal(row_blocks);
+  }
   prepare();
   if (work.cluster_size_bits() > 0)
     ptx::cluster_sync();
@@ -303,16 +312,16 @@ __device__ __forceinline__ void run_block(const GroupWork& work, const Maps& map
   if (threadIdx.x / 128 == Config::kConsumers) {
     ptx::give_registers<Config::kProducerRegisters>();
     if (gather) {
-      gather_tiles<T>(work, maps, pipe, row_blocks, count);
+      gather_tiles<T>(work, maps, pipe, deal, count);
     } else if (threadIdx.x % 128 == 0) {
-      load_tiles(work, maps, pipe, row_blocks, !all);
+      load_tiles(work, maps, pipe, deal, row_blocks, !all);
     } else if (const Pace pace(work, pipe.slices, pipe.pace);
                threadIdx.x % 128 == 32 && pace.waits()) {
-      pace.keep(Cursor(work, row_blocks));
+      pace.keep(Cursor(work, deal));
     }
   } else {
     ptx::take_registers<Config::kConsumerRegisters>();
-    consume<T>(work, pipe, row_blocks, gather, bias, epilogue);
+    consume<T>(work, pipe, deal, gather, bias, epilogue);
   }
   // Other blocks of the cluster may still arrive at barriers of this one.
   if (work.cluster_size_bits() > 0) {

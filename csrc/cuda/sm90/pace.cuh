@@ -51,12 +51,12 @@ class Pace {
 
   // Says which steps may begin, to the end of the block's work; one thread, if this block waits. at: its first tile.
   __device__ __forceinline__ void keep(Cursor at) const {
-    const int unit_steps = tile_steps_ * work_.tiles_per_split, pairs = at.pairs();
+    const int unit_steps = tile_steps_ * work_.tiles_per_split;
 #pragma unroll 1
     for (int step = 0; !at.done(); at.unit = at.next_unit()) {
 #pragma unroll 1
       for (const int end = step + unit_steps; step < end; ++step) {
-        const int enough = begun_in_all(step, unit_steps, pairs);
+        const int enough = begun_in_all(step, unit_steps, at.deal);
         int tries = 0;
         while (ptx::counter_read(counter(step)) < enough) {
           if (++tries < kMostTries) continue;
@@ -77,21 +77,20 @@ class Pace {
     if (work_.group_rank() == 0) ptx::counter_add(counter(step_), 1 << work_.is_twin);
     ++step_;
   }
-  // Groups that have a unit in a round: twins have two rounds a period, single groups as many as a pair has units.
-  __device__ __forceinline__ int groups_in(int round, int pairs) const {
-    const int left = pairs - (round >> work_.pair_bits) * work_.period();
-    const int of_twins = left - (round & work_.pair_bits) * work_.twins;
-    return 2 * max(0, min(of_twins, work_.twins)) +
-           max(0, min(left - 2 * work_.twins, work_.singles));
+  // Groups that have a unit in a round after the periods.
+  __device__ __forceinline__ int groups_in(int round, const Deal& deal) const {
+    const int pairs = deal.twins_end - deal.periods_end - round * work_.twins;
+    const int others =
+        ((deal.pairs - deal.twins_end) << work_.pair_bits) + deal.loose - round * work_.singles;
+    return 2 * max(0, min(pairs, work_.twins)) + max(0, min(others, work_.singles));
   }
   // What a step's counter says when all groups that have the step have begun it: earlier steps count there too.
-  __device__ __forceinline__ int begun_in_all(int step, int unit_steps, int pairs) const {
-    const int all = 2 * work_.twins + work_.singles;
-    const int whole = ((pairs / work_.period()) << work_.pair_bits) * unit_steps;
+  __device__ __forceinline__ int begun_in_all(int step, int unit_steps, const Deal& deal) const {
+    const int whole = (deal.periods_end / work_.period() << work_.pair_bits) * unit_steps;
     int begun = 0;
 #pragma unroll 1
-    for (; step >= whole; step -= kPaceSteps) begun += groups_in(step / unit_steps, pairs);
-    return step < 0 ? begun : begun + (step / kPaceSteps + 1) * all;
+    for (; step >= whole; step -= kPaceSteps) begun += groups_in((step - whole) / unit_steps, deal);
+    return step < 0 ? begun : begun + (step / kPaceSteps + 1) * work_.period();
   }
 
   const GroupWork& work_;
