@@ -191,8 +191,7 @@ __device__ __forceinline__ RowSums thread_sums(const float (&z)[kElements], int 
 }
 
 // Offers the entries of one row of the pair that are at least `cut` to the sink. All lanes of the warp take part; open: bits of
-// the gates behind which any lane's may be, the same in all lanes. Behind those of a flat row there are none: its entries add
-// up to as much. to_logit: factor from acc to z.
+// the gates behind which any lane's may be, the same in all lanes. to_logit: factor from acc to z.
 template <typename Columns, typename Sink, int kElements>
 __device__ __forceinline__ void emit_candidates(const float (&acc)[kElements], int h, float cut,
                                                 float to_logit, int first_col, int row,
@@ -206,15 +205,11 @@ __device__ __forceinline__ void emit_candidates(const float (&acc)[kElements], i
     if (!(open >> g & 1)) continue;
 #pragma unroll
     for (int first = g * kEach; first < (g + 1) * kEach; first += kPairs) {
-      float largest = -INFINITY;
-#pragma unroll
-      for (int j = first; j < first + kPairs; ++j)
-        largest = fmaxf(largest, fmaxf(acc[4 * j + 2 * h], acc[4 * j + 2 * h + 1]));
-      if (!__any_sync(~0u, largest >= cut)) continue;
       int mine = 0;
 #pragma unroll
       for (int j = first; j < first + kPairs; ++j)
         mine += (acc[4 * j + 2 * h] >= cut ? 1 : 0) + (acc[4 * j + 2 * h + 1] >= cut ? 1 : 0);
+      if (kPairs < kEach && !__any_sync(~0u, mine > 0)) continue;
       uint2* place = sink.reserve(mine);
       if (mine == 0) continue;
 #pragma unroll
