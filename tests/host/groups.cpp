@@ -100,7 +100,7 @@ int main() {
     w.pair_bits = any(0, 2) > 0;
     w.group_bits = w.pair_bits ? 2 : any(0, 2);
     w.twins = w.pair_bits ? any(1, 16) : 0;
-    w.singles = w.pair_bits ? any(0, 4) : any(1, 33);
+    w.singles = w.pair_bits ? any(0, any(0, 1) ? 4 : 31) : any(1, 33);
     w.column_tiles = any(1, 150);
     w.tiles_per_split = any(1, 12);
     w.splits = (w.column_tiles + w.tiles_per_split - 1) / w.tiles_per_split;
