@@ -1,7 +1,7 @@
 """Everything that the documents show, in one run: ``python -m bench.full --out FOLDER``.
 
 Writes FOLDER/results.json after every table, so that an interrupted run keeps what it has, and the
-figures at the end. About five minutes on an H200. Parts, the most wanted first: speed, variants
+figures at the end. About ten minutes on an H200. Parts, the most wanted first: speed, variants
 (softcap, float16, LoRA heads, few and many tokens), random (data), accuracy, scaling.
 """
 
@@ -138,8 +138,8 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=installed())
-    parser.add_argument("--seconds", type=float, default=480,
-                        help="no new table is begun after this time (480)")  # fmt: skip
+    parser.add_argument("--seconds", type=float, default=720,
+                        help="no new table is begun after this time (720)")  # fmt: skip
     parser.add_argument("--head", type=Path, help="a trained head, as for bench.accuracy")
     parser.add_argument("--train-seconds", type=float, default=45,
                         help="to train a head where none is named (45)")  # fmt: skip

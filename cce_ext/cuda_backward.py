@@ -39,9 +39,9 @@ def row_vector(t: Tensor | None) -> Tensor | None:
     return None if t is None else t.float().contiguous()
 
 
-def _place_in(rows: Tensor, n: int, columns: int, dtype: torch.dtype) -> Tensor:
+def _place_in(rows: Tensor, n: int, columns: int) -> Tensor:
     """A matrix (n, columns) in the memory of contiguous rows that are large enough."""
-    return rows.view(-1).view(dtype)[: n * columns].view(n, columns)
+    return rows.view(-1)[: n * columns].view(n, columns)
 
 
 class _RowSum:
@@ -85,8 +85,9 @@ def exact_backward(
 
     Shapes: e (N, D), c (V, D), u (N, R), lora_b (V, R), bias (V,), the others (N,). Workspace: fp32
     dE (N, D) and dU (N, R), and one chunk of (N, columns) 16-bit numbers, together 284 MB unless
-    ``CCE_BACKWARD_WORKSPACE_MB`` says otherwise (or the sums alone are larger). Chunks that are
-    larger lie in rows of dC that are not yet filled.
+    ``CCE_BACKWARD_WORKSPACE_MB`` says otherwise, but 100 MB for the chunk at least, and a chunk's rows
+    of C and B where the kernels cannot read them as they are. Chunks that are larger lie in rows of dC
+    that are not yet filled.
     """
     n, v = e.shape[0], c.shape[0]
     no_grad = [t.dtype if t is not None else torch.float32 for t in (e, c, bias, u, lora_b)]
@@ -137,7 +138,7 @@ def exact_backward(
     for first, last, in_dc in chunks(e, v, sums, dc, copied):
         columns = last - first
         if in_dc:
-            g = _place_in(dc[last:], n, columns, e.dtype)
+            g = _place_in(dc[last:], n, columns)
         else:
             if buffer is None:
                 buffer = torch.empty(n, -(-columns // 8) * 8, device=e.device, dtype=e.dtype)
@@ -172,6 +173,7 @@ def exact_backward(
                 db[first:last].copy_(torch.mm(g.t(), u_ready, out_dtype=torch.float32))
         if dbias is not None:
             dbias[first:last].copy_(g.sum(0, dtype=torch.float32))
+        del c_chunk, b_chunk  # copies, maybe: not beside those of the next chunk
     results = (
         None if de is None else de.total.to(e.dtype),
         dc,

@@ -3,7 +3,7 @@
 Every stretch reads and writes all of the fp32 dE, and starts matmuls of its own: so few of them, as large as
 memory allows. Most of that memory is there anyway: the rows of dC that later stretches will fill hold G of
 the earlier ones. In a workspace of their own are the last stretches, and all of them where the classifier
-gets no gradient.
+gets no gradient; so its freezing changes the order in which dE is added up, and dE's last bits.
 """
 
 from __future__ import annotations
@@ -28,6 +28,9 @@ _MATMUL_TILE = (128, 256)
 _MULTIPLIES_PER_BYTE = 0.66
 # Of more tiles the waves are many, and how full the last one is does not matter.
 _MANY_TILES = 256
+# An odd number of tiles below this takes Hopper's kernels as long as the next even one: most of their blocks take
+# two tiles of a row block at a time, and the others (csrc/cuda/sm90/groups.cuh) are too few for those left over.
+_FEW_TILES = 11
 
 
 class Chunk(NamedTuple):
@@ -56,7 +59,9 @@ class Work(NamedTuple):
     def cost(self, columns: int) -> float:
         """Of a chunk, in multiply-adds of a multiprocessor: the recompute, the product by columns, the
         sums. (The product by rows has the same tiles whatever the chunk.)"""
-        recompute = self.waves(-(-self.n // _TILE_ROWS), -(-columns // self.tile))
+        tiles = -(-columns // self.tile)
+        tiles += tiles % 2 if tiles < _FEW_TILES else 0
+        recompute = self.waves(-(-self.n // _TILE_ROWS), tiles)
         rows, width = _MATMUL_TILE
         product = min(
             self.waves(-(-columns // rows), -(-self.d // width)),
@@ -86,22 +91,22 @@ def workspace_bytes() -> int:
 def chunks(e: Tensor, v: int, sums: int, dc: Tensor | None, copied: int) -> tuple[Chunk, ...]:
     """The chunks of v ids, in their order.
 
-    Shapes: e (N, D), 16-bit, dc (V, D) or None. Bytes: ``sums`` of the fp32 sums, ``copied`` of what
-    is copied of each id, which is to take no more room than a chunk. Chunks that do not lie in dc
-    share one piece of memory, as large as the first of them needs.
+    Shapes: e (N, D), 16-bit, dc (V, D) like it or None. Bytes: ``sums`` of the fp32 sums, ``copied``
+    of what is copied of each id, for which chunks in dc are to need no more than others for G.
+    Chunks that do not lie in dc share one piece of memory, as large as the first of them needs.
     """
     n, d = e.shape
-    dc_row = 0 if dc is None else d * dc.element_size()
+    dc_row = 0 if dc is None else 2 * d
     blocks = torch.cuda.get_device_properties(e.device).multi_processor_count
     work = Work(n, d, sums, dc_row, torch.ops.cce.column_tile(e), blocks)
     budget = max(workspace_bytes() - sums, min(_MIN_CHUNK_BYTES, workspace_bytes()))
-    in_dc = v if copied == 0 else budget // (copied * work.tile)
-    return plan(work, v, max(1, budget // (2 * n * work.tile)), in_dc)
+    most_in_dc = v if copied == 0 else budget // (copied * work.tile)
+    return plan(work, v, max(1, budget // (2 * n * work.tile)), most_in_dc)
 
 
 @functools.lru_cache(maxsize=256)
 def plan(work: Work, v: int, most: int, most_in_dc: int) -> tuple[Chunk, ...]:
-    """See `chunks`; most: tiles of a chunk in the workspace, most_in_dc: elsewhere, if they fit."""
+    """See `chunks`; most: tiles of a chunk in the workspace, most_in_dc: in dC, if they fit."""
     found: list[Chunk] = []
     first = 0
 

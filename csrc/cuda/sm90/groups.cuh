@@ -8,7 +8,7 @@
 //
 // A round: everybody's next unit. First come periods of as many rounds as a pair has units, in which twins take two pairs and
 // single groups one, all of them neighbours. In the rounds that are left twins go on with pairs, as many as there is time for,
-// and single groups share all other units, one at a time; so everybody's last unit is in one of the last two rounds.
+// and single groups share all other units, one at a time: no round is begun for want of a pair.
 #pragma once
 
 #include "cuda/common/work.cuh"

@@ -2,8 +2,8 @@
 // (U, B), without joining them in memory.
 //
 // Shared memory: kStages slices, each an A tile (128, 64) and a B tile (192, 64) with the 128-byte swizzle, 40 KB; then a
-// full and an empty barrier a stage, and one for each of warpgroups 0 and 1. Persistent, one block a multiprocessor, three
-// warpgroups:
+// full and an empty barrier a stage, and one for each of warpgroups 0 and 1; the block's Deal, and the step that may begin.
+// Persistent, one block a multiprocessor, three warpgroups:
 // - Warpgroups 0 and 1 multiply: tile t of the block's stream belongs to warpgroup t % 2, all 128 rows of it (192
 //   accumulators a thread). While one runs its epilogue the other has the tensor cores ("ping-pong").
 // - Warpgroup 2 loads. Where every row counts, or there is a copy of E in the row order, one thread issues tensor copies for
@@ -45,7 +45,7 @@ namespace cce::cuda::sm90 {
 constexpr int kProductTurn = 1;
 // Where a block's Deal is, after the barriers; then comes the step that may begin.
 constexpr int kDealAt = Config::kPipelineBytes + 8 * (2 * Config::kStages + Config::kConsumers);
-static_assert(sizeof(Deal) + 4 <= 32);
+static_assert(kDealAt + sizeof(Deal) + 4 <= Config::kPipelineBytes + Config::kBarrierBytes);
 
 // The stage that a thread is at, and the parity of its barriers' phase.
 struct Ring {
