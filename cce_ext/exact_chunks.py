@@ -108,24 +108,18 @@ def chunks(e: Tensor, v: int, sums: int, dc: Tensor | None, copied: int) -> tupl
 def plan(work: Work, v: int, most: int, most_in_dc: int) -> tuple[Chunk, ...]:
     """See `chunks`; most: tiles of a chunk in the workspace, most_in_dc: in dC, if they fit."""
     found: list[Chunk] = []
-    first = 0
-
-    def add(tiles: int, in_dc: bool) -> None:
-        nonlocal first
-        last = min(first + tiles * work.tile, v)
-        found.append(Chunk(first, last, in_dc))
-        first = last
-
-    def fit() -> int:
-        return min(work.tiles_in_dc(v - first), most_in_dc)
-
-    while most * work.tile < v - first and (fits := fit()) > most:
+    left = v
+    while most * work.tile < left and (fits := min(work.tiles_in_dc(left), most_in_dc)) > most:
         # All but an eighth of what fits, if that makes fuller waves.
         fewest = fits if fits > _MANY_TILES else max(most, fits - fits // 8)
-        add(min(range(fits, fewest - 1, -1), key=lambda t: work.cost(t * work.tile) / t), True)
+        columns = work.tile * min(
+            range(fits, fewest - 1, -1), key=lambda t: work.cost(t * work.tile) / t
+        )
+        found.append(Chunk(v - left, v - left + columns, True))
+        left -= columns
     tiles = most
-    if most * work.tile < v - first and most <= _MANY_TILES:
-        tiles = min(range(most, most // 2, -1), key=lambda t: work.cost_of_equal(v - first, t))
-    while first < v:
-        add(tiles, False)
-    return tuple(found)
+    if most * work.tile < left and most <= _MANY_TILES:
+        tiles = min(range(most, most // 2, -1), key=lambda t: work.cost_of_equal(left, t))
+    columns = tiles * work.tile
+    own = (Chunk(first, min(first + columns, v), False) for first in range(v - left, v, columns))
+    return (*found, *own)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import itertools
 import os
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ import torch
 from bench.llm_data import llm_like
 from bench.timing import graph_of
 from cce_ext import cuda_backward, diagnostics, linear_cross_entropy
-from cce_ext.exact_chunks import Chunk, chunks
+from cce_ext.exact_chunks import chunks
 from cce_ext.sparse import history
 from tests.oracle import Case, compare, differentiate, ours
 from tests.shapes import GPU_HUGE, GPU_TILES
@@ -57,13 +58,8 @@ def test_a_small_workspace(monkeypatch: pytest.MonkeyPatch, rank: int, options: 
     """Chunks of the exact backward, whose G lies in rows of dC that are not filled yet, then in the
     workspace."""
     monkeypatch.setenv("CCE_BACKWARD_WORKSPACE_MB", "1")
-    found: list[tuple[Chunk, ...]] = []
-
-    def recorded(*arguments) -> tuple[Chunk, ...]:
-        found.append(chunks(*arguments))
-        return found[-1]
-
-    monkeypatch.setattr(cuda_backward, "chunks", recorded)
+    choice = Mock(wraps=chunks)
+    monkeypatch.setattr(cuda_backward, "chunks", choice)
     for dtype, vocab, hidden in (
         (torch.bfloat16, 9000, 512),
         (torch.float16, 7001, 265),
@@ -73,14 +69,15 @@ def test_a_small_workspace(monkeypatch: pytest.MonkeyPatch, rank: int, options: 
             2, 300, vocab, hidden, rank, dtype, ignored=0.2,
             adapter_dtype=torch.float32, device="cuda", **options,
         )  # fmt: skip
-        found.clear()
+        choice.reset_mock()
         compare(case).check(SLACK)
-        assert found
-        for call in found:
-            assert len(call) > 2
+        assert choice.called
+        for call in choice.call_args_list:
+            found = chunks(*call.args)
+            assert len(found) > 2
             # Of a classifier that is read as it is; one of eight columns has no room for anything.
             if hidden == 8 or (hidden == 512 and not rank and not options):
-                assert any(c.in_dc for c in call) == (hidden != 8)
+                assert any(c.in_dc for c in found) == (hidden != 8)
 
 
 def test_all_ignored_and_no_rows() -> None:

@@ -87,8 +87,6 @@ bool check(Launch l) {
   return true;
 }
 
-}  // namespace
-
 // An H200's groups, in as many rounds as there are units for each: no pair has an empty half.
 bool check_rounds() {
   GroupWork w;
@@ -105,6 +103,8 @@ bool check_rounds() {
          // Too many units of a last split for three groups.
          rounds(7, 256) == 16 && rounds(0, 64) == 0 && rounds(7, 0) == 0;
 }
+
+}  // namespace
 
 int main() {
   if (!check_rounds()) return std::puts("rounds"), 1;
