@@ -17,7 +17,8 @@ inline int superblock_of(const Work& w, int rows) {
   return superblock_height(row_blocks_of(w, rows), 2 * (w.e.cols + w.u.cols) * int64_t{rows});
 }
 
-inline Work make_work(const Head& head, int64_t n, int tiles_per_split, int block_m, int block_n) {
+// All but the superblock, which whoever deals the work out chooses.
+inline Work make_work(const Head& head, int64_t n, int tiles_per_split, int block_n) {
   Work w;
   w.e = head.e;
   w.c = head.c;
@@ -30,7 +31,6 @@ inline Work make_work(const Head& head, int64_t n, int tiles_per_split, int bloc
   w.column_tiles = static_cast<int>((head.c.rows + block_n - 1) / block_n);
   w.tiles_per_split = tiles_per_split;
   w.splits = (w.column_tiles + tiles_per_split - 1) / tiles_per_split;
-  w.superblock = superblock_of(w, block_m);
   return w;
 }
 
@@ -48,10 +48,10 @@ cudaError_t allow_shared_memory(Kernel kernel, int bytes) {
 
 // One persistent block on each multiprocessor that can have work.
 template <typename Config, typename Kernel, typename... Args>
-cudaError_t launch(Kernel kernel, int shared_bytes, const Work& work, cudaStream_t stream,
-                   Args... args) {
+cudaError_t launch(Kernel kernel, int shared_bytes, Work work, cudaStream_t stream, Args... args) {
   const cudaError_t error = allow_shared_memory(kernel, shared_bytes);
   if (error != cudaSuccess) return error;
+  work.superblock = superblock_of(work, Config::kBlockM);
   const int64_t units = int64_t{row_blocks_of(work, Config::kBlockM)} * work.splits;
   const auto blocks = std::clamp<int64_t>(units, 1, current_device().multiprocessors);
   kernel<<<static_cast<unsigned>(blocks), Config::kThreads, shared_bytes, stream>>>(work, args...);

@@ -8,7 +8,7 @@ namespace {
 template <typename T, typename Config, Epilogue kEpilogue>
 cudaError_t launch_as(const BackwardParams& p, cudaStream_t stream) {
   // One column tile a unit: the finest grain, so that the last wave of a chunk is as full as it can be.
-  const Work work = make_work(p.head, p.n, 1, Config::kBlockM, Config::kBlockN);
+  const Work work = make_work(p.head, p.n, 1, Config::kBlockN);
   return launch<Config>(backward_mainloop<T, Config, kEpilogue>, backward_shared_bytes<Config>(),
                         work, stream, LogitParams(p.head.options, p.head.bias, p.head.c.rows),
                         p.rows, static_cast<int>(p.head.first_col),

@@ -7,7 +7,7 @@ namespace {
 
 template <typename T, typename Config, Mode kMode, bool kTraining>
 cudaError_t launch_mode(const ForwardParams& p, cudaStream_t stream) {
-  const Work work = make_work(p.head, p.n, p.tiles_per_split, Config::kBlockM, Config::kBlockN);
+  const Work work = make_work(p.head, p.n, p.tiles_per_split, Config::kBlockN);
   const LogitParams logits(p.head.options, p.head.bias, p.head.c.rows);
   return launch<Config>(forward_mainloop<T, Config, kMode, kTraining>,
                         forward_shared_bytes<Config>(kTraining), work, stream, logits, p.partials,

@@ -44,6 +44,8 @@ struct GroupWork : Work {  // the superblock in row blocks of a group
   }
 
   __host__ __device__ int cluster_size_bits() const { return cluster_bits + is_twin; }
+  // Of two launches of a kernel the second one, which ends after the first.
+  __host__ __device__ bool is_second() const { return twins > 0 && !is_twin; }
   // This block's place in its group; of twins, in which one; and its place in its cluster.
   __device__ int group_rank() const {
     return static_cast<int>(blockIdx.x) & ((1 << group_bits) - 1);

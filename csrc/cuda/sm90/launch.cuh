@@ -38,7 +38,7 @@ struct Launch {
     config.dynamicSmemBytes = static_cast<size_t>(shared_bytes);
     config.stream = stream;
     config.attrs = attributes;
-    config.numAttrs = work.twins > 0 && !work.is_twin ? 2 : 1;
+    config.numAttrs = work.is_second() ? 2 : 1;
   }
 };
 
@@ -81,7 +81,7 @@ cudaError_t launch_groups(Kernel kernel, int shared_bytes, const Head& head, int
                           int tiles_per_split, int32_t* pace, cudaStream_t stream, Args... args) {
   cudaError_t error = allow_shared_memory(kernel, shared_bytes);
   if (error != cudaSuccess) return error;
-  GroupWork work{make_work(head, n, tiles_per_split, Config::kBlockM, Config::kBlockN)};
+  GroupWork work{make_work(head, n, tiles_per_split, Config::kBlockN)};
   choose_groups(kernel, shared_bytes, work);
   if (pace) {
     error = cudaMemsetAsync(pace, 0, kPaceSteps * sizeof(int32_t), stream);

@@ -329,7 +329,7 @@ __device__ __forceinline__ void run_block(const GroupWork& work, const Maps& map
     ptx::cluster_sync();
   }
   // The second launch of two ends after the first: what comes after it in the stream waits for both.
-  if (work.twins > 0 && !work.is_twin) ptx::wait_for_grids_before();
+  if (work.is_second()) ptx::wait_for_grids_before();
 }
 
 }  // namespace cce::cuda::sm90
