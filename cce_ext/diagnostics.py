@@ -34,9 +34,10 @@ def diagnostics() -> dict[str, Any]:
     filter) and, for compiled kernels on a GPU, exact (why the backward is exact; empty where it is
     sparse). Empty before the first call and for compiled callers.
 
-    After a sparse backward also: candidates and kept (entries), dropped_share (of the probability
-    mass), row_blocks and overflowed_blocks (of 128 rows), exact_rows (rows that took the exact
-    way). Only asking for them waits for the device.
+    After a sparse backward also: candidates and kept (entries; of a row block's candidates no more
+    than its pool holds), dropped_share (of the probability mass), row_blocks and overflowed_blocks
+    (of 128 rows), exact_rows (rows that took the exact way). Only asking for them waits for the
+    device.
     """
     facts = dict(_last)
     if _sparse:

@@ -66,7 +66,7 @@ struct Candidates {
   const RowStart* starts = nullptr;  // (N,), by position in the row order
   float log2_eps = 0.0f;             // of the threshold
   uint2* pool = nullptr;  // (row blocks, capacity): {shard-local id | row in block << 25, logit}
-  int32_t* counts = nullptr;  // (row blocks,) candidates found, those that did not fit included
+  int32_t* counts = nullptr;  // (row blocks,) candidates found, until they were too many
   int64_t capacity = 0;       // entries a row block
   uint8_t* levels = nullptr;  // (slots, ld_levels), see cuda/common/levels.cuh
   int64_t ld_levels = 0;      // a multiple of kLevelCols

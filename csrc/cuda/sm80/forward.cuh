@@ -64,6 +64,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
     const bool ragged = (here.tile + 1) * Config::kBlockN > logits.cols;
     const CandidateSink<Config::kWarps, kBufferedCandidates, kGates, 1> sink{
         buffers, warp, thread % 32, candidates, here.row_block};
+    const float log2_eps = kTraining ? least_share(candidates, here.row_block, count) : 0.0f;
 #pragma unroll
     for (int m = 0; m < Config::kMmaM; ++m) {
       if constexpr (kMode != Mode::kPlain) {
@@ -78,7 +79,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
         if constexpr (kTraining)
           bound = row_bound(candidates, here.row_block * Config::kBlockM + row, count);
         fold_row<kMode, kTraining, Columns>(acc[m], h, states, group, row, scale, first_col, first,
-                                            logits, out, bound, candidates.log2_eps, sink);
+                                            logits, out, bound, log2_eps, sink);
         if constexpr (kTraining)
           write_levels<Columns>(acc[m], h, candidates, here.row_block * Config::kBlockM + row,
                                 count, scale,

@@ -65,6 +65,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
       const int thread = ptx::thread_again() % 128;
       return {buffers, thread / 32, thread % 32, candidates, at.row_block};
     };
+    const float log2_eps = kTraining ? least_share(candidates, at.row_block, count) : 0.0f;
 #pragma unroll 1
     for (int m = 0; m < Config::kMmaM; ++m) {
       if constexpr (kMode != Mode::kPlain) {
@@ -79,8 +80,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
         if constexpr (kTraining)
           bound = row_bound(candidates, at.row_block * Config::kBlockM + row, count);
         fold_row<kMode, kTraining, PairedColumns>(acc[0], h, states, 0, row, scale, first_col,
-                                                  first, logits, out, bound, candidates.log2_eps,
-                                                  sink());
+                                                  first, logits, out, bound, log2_eps, sink());
         if constexpr (kTraining)
           write_levels<PairedColumns>(acc[0], h, candidates,
                                       at.row_block * Config::kBlockM + first_row() + 64 * m + 8 * h,

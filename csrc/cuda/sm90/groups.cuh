@@ -46,15 +46,13 @@ struct GroupWork : Work {  // the superblock in row blocks of a group
   __host__ __device__ int cluster_size_bits() const { return cluster_bits + is_twin; }
   // Of two launches of a kernel the second one, which ends after the first.
   __host__ __device__ bool is_second() const { return twins > 0 && !is_twin; }
-  // This block's place in its group; of twins, in which one; and its place in its cluster.
+  // This block's place in its group; the group's number in the launch and, of twins, which one it is; and the block's place in
+  // its cluster.
   __device__ int group_rank() const {
     return static_cast<int>(blockIdx.x) & ((1 << group_bits) - 1);
   }
-  // The number of its twins, or of its single group.
-  __device__ int number() const { return static_cast<int>(blockIdx.x) >> (group_bits + is_twin); }
-  __device__ int side() const {
-    return is_twin ? static_cast<int>(blockIdx.x) >> group_bits & 1 : 0;
-  }
+  __device__ int group() const { return static_cast<int>(blockIdx.x) >> group_bits; }
+  __device__ int side() const { return is_twin ? group() & 1 : 0; }
   __device__ int cluster_rank() const {
     return static_cast<int>(blockIdx.x) & ((1 << cluster_size_bits()) - 1);
   }
@@ -85,9 +83,9 @@ struct Cursor : Place<GroupWork> {
 
   __device__ Cursor(const GroupWork& w, const Deal& dealt) : Place{w}, deal(dealt) {
     if (w.is_twin)
-      unit = 2 * w.number() + w.side();
+      unit = w.group();
     else if (deal.periods_end > 0)
-      unit = (2 * w.twins + w.number()) << w.pair_bits;
+      unit = (2 * w.twins + w.group()) << w.pair_bits;
     else
       unit = first_after_periods();
     enter();
@@ -132,7 +130,7 @@ struct Cursor : Place<GroupWork> {
   __device__ int paired_units() const { return deal.pairs << work.pair_bits; }
   // Of a single group.
   __device__ int first_after_periods() const {
-    return (deal.twins_end << work.pair_bits) + work.number();
+    return (deal.twins_end << work.pair_bits) + work.group();
   }
   __device__ void enter() {
     if (done()) return;

@@ -61,7 +61,8 @@ __global__ void __launch_bounds__(kThreads) place_kernel(const __grid_constant__
     if (fits) atomicMax(&used, static_cast<int>(start + mine));
     __syncthreads();
     if (block < p.blocks) {
-      found += p.found[block];
+      // Of those that overflowed, how many were found depends on when it was noticed.
+      found += min(int64_t{p.found[block]}, p.pool_capacity);
       overflowed += p.found[block] > p.pool_capacity;
       if (!fits) p.exact[block] = 1;
       p.first[block] = fits ? static_cast<int>(start) : used;
