@@ -267,6 +267,32 @@ def test_nan_and_inf_reach_loss_and_gradients() -> None:
         assert torch.isnan(got["c"]).any()
 
 
+@pytest.mark.parametrize("rest", [-torch.inf, 0.0])
+@pytest.mark.parametrize("softcap", [None, 30.0])
+def test_rows_whose_mass_the_sample_does_not_see(rest: float, softcap: float | None) -> None:
+    """All of it is in three ids that are neither targets nor, most likely, among the sampled ones:
+    far below the others' -inf, or far above them."""
+    n, v, d = 200, 20001, 64
+    e = torch.randn(n, d, device="cuda", dtype=BF16)
+    c = torch.randn(v, d, device="cuda", dtype=BF16) * 0.05
+    bias = torch.full((v,), rest, device="cuda")
+    bias[[7001, 12347, 20000]] = -700.0 if rest else 700.0
+    t = torch.full((n,), 5, device="cuda")
+    leaves = [x.requires_grad_() for x in (e, c)]
+    nll, lse = linear_cross_entropy(
+        *leaves, t, bias=bias, softcap=softcap, reduction="none", return_lse=True
+    )
+    got = (nll, lse, *torch.autograd.grad(nll.sum(), leaves))
+    exact = [x.detach().double().requires_grad_() for x in leaves]
+    logits = exact[0] @ exact[1].T + bias.double()
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    nll, lse = torch.nn.functional.cross_entropy(logits, t, reduction="none"), logits.logsumexp(1)
+    expected = (nll, lse, *torch.autograd.grad(nll.sum(), exact))
+    for x, y in zip(got, expected, strict=True):
+        torch.testing.assert_close(x.double(), y, rtol=2e-2, atol=2e-2)
+
+
 def test_ignored_rows_are_exactly_zero() -> None:
     problem = Problem(500, 20000, 128, ignored=0.9)
     got = problem.gradients()

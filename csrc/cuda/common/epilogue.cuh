@@ -149,26 +149,28 @@ __device__ __forceinline__ float thread_sum_exp2(const float (&acc)[kElements], 
   return s0 + s1;
 }
 
+// What the forward puts for columns that do not exist: they weigh nothing. Of capped logits the squares are to be finite too.
+constexpr float kAbsentCapped = -0x1p40f;
+__device__ __forceinline__ float absent_logit(const LogitParams& p) {
+  return p.softcap != 0.0f ? kAbsentCapped : -INFINITY;
+}
+
 // How much an epilogue does: the streaming logsumexp of raw products with a positive factor; any logits, and what options
 // want; metrics too.
 enum class Mode { kPlain, kGeneral, kMetrics };
 
-// What options and metrics want of a row beside its maximum, over this thread's elements; with w = 2^(log2(e) z - reference).
+// What a row's exponentials add up to, over this thread's elements; with w = 2^(log2(e) z - reference).
 struct RowSums {
   float sum = 0.0f;       // Σ w
   float weighted = 0.0f;  // Σ w z, for metrics
-  float extra = 0.0f;     // Σ w z² of capped logits, else Σ z of columns that exist
+  float squares = 0.0f;   // Σ w z² of capped logits
 };
-
-// Of a z that is not there (-inf), which weighs nothing, the square is to be finite too.
-constexpr float kLeastSquared = -0x1p60f;
 
 // All of them in one pass: apart, the compiler would keep every w for the next one. Over all pairs of this thread's elements,
 // or some.
-template <typename Columns, bool kMetrics, bool kCapped, int kElements>
+template <bool kWeighted, bool kCapped, int kElements>
 __device__ __forceinline__ RowSums thread_sums(const float (&z)[kElements], int h, float reference,
-                                               int first_col, int cols, int first = 0,
-                                               int end = kElements / 4) {
+                                               int first = 0, int end = kElements / 4) {
   RowSums s;
 #pragma unroll
   for (int j = first; j < end; ++j) {
@@ -178,16 +180,29 @@ __device__ __forceinline__ RowSums thread_sums(const float (&z)[kElements], int 
       const float w = ptx::ex2(fmaf(x, kLog2E, -reference));
       s.sum += w;
       if constexpr (kCapped) {
-        const float there = fmaxf(x, kLeastSquared), product = w * there;
-        if (kMetrics) s.weighted += product;
-        s.extra = fmaf(product, there, s.extra);
+        const float product = w * x;
+        if (kWeighted) s.weighted += product;
+        s.squares = fmaf(product, x, s.squares);
       } else {
-        if (kMetrics) s.weighted += w == 0.0f ? 0.0f : w * x;
-        s.extra += first_col + Columns::at(j) + e < cols ? x : 0.0f;
+        s.weighted += w == 0.0f ? 0.0f : w * x;
       }
     }
   }
   return s;
+}
+
+// Σ z of the columns that exist.
+template <typename Columns, int kElements>
+__device__ __forceinline__ float thread_logit_sum(const float (&z)[kElements], int h, int first_col,
+                                                  int cols) {
+  float sum = 0.0f;
+#pragma unroll
+  for (int j = 0; j < kElements / 4; ++j) {
+#pragma unroll
+    for (int e = 0; e < 2; ++e)
+      sum += first_col + Columns::at(j) + e < cols ? z[4 * j + 2 * h + e] : 0.0f;
+  }
+  return sum;
 }
 
 // Offers the entries of one row of the pair that are at least `cut` to the sink. All lanes of the warp take part; open: bits of

@@ -3,7 +3,6 @@
 // each with states of its own; of a group, one warp owns a row, and in it one quad.
 #pragma once
 
-#include <cfloat>
 #include <type_traits>
 
 #include "cuda/common/candidates.cuh"
@@ -40,6 +39,8 @@ __device__ __forceinline__ float row_bound(const Candidates& want, int position,
 
 // Most that a row's sum over a tile may come to beside its reference.
 constexpr float kMostSum = 0x1p100f;
+// Least of a candidate, base 2: more than absent columns are.
+constexpr float kLeastCut = 0.5f * kAbsentCapped;
 
 // Folds a row of a tile (already masked) into its state. h: which row of the pair; scale: base-2 logits are scale * acc.
 // In training, bound2: its row_bound; sink: where candidates go. There the reference of the exponentials is not the largest
@@ -53,33 +54,29 @@ __device__ __forceinline__ void fold_row(const float (&acc)[kElements], int h,
                                          float scale, int launch_col, int first_col,
                                          const LogitParams& p, const Partials& want, float bound2,
                                          float log2_eps, const Sink& sink) {
-  constexpr bool kBounded = kTraining && kMode == Mode::kPlain;
+  constexpr bool kBounded = kTraining && kMode != Mode::kMetrics;
   constexpr int kGates = kTraining ? Sink::kGates : 1, kEach = kElements / 4 / kGates;
-  const float old = s.max[group][row];
-  // In this mode alone there are registers for it.
-  const float before = kBounded ? s.sum[group][row] : 0.0f;
-  __syncwarp();  // the whole quad has read them before one lane writes them
   const bool writer = threadIdx.x % 4 == 0;
   float top = 0.0f, max;
   if constexpr (kBounded) {
-    max = fmaxf(old, finite_reference(bound2));
+    max = fmaxf(s.max[group][row], bound2);
   } else {
     top = quad_max(thread_max(acc, h));
-    max = fmaxf(old, top * scale);
+    max = fmaxf(s.max[group][row], top * scale);
   }
-  bool more = false;
-  if constexpr (kMode != Mode::kPlain)
-    more = want.logit_sum || want.capped || (kMode == Mode::kMetrics && want.weighted);
+  const bool capped = kMode != Mode::kPlain && want.capped;
+  const bool weighted = kMode == Mode::kMetrics && want.weighted;
   RowSums part;
   uint32_t open = 0;  // gates behind which there may be candidates
-  float reference, rescale;
+  // The state is read where it is needed: registers are for the accumulators.
+  const auto rescale = [&] { return ptx::ex2(s.max[group][row] - finite_reference(max)); };
 #pragma unroll 1
   for (bool again = false;; again = true) {
-    reference = finite_reference(max);
-    rescale = ptx::ex2(old - reference);
+    const float reference = finite_reference(max);
     // What the unit has seen so far is a lower bound of the lse too.
-    const float least = kBounded ? fmaxf(ptx::ex2(bound2 - reference), before * rescale)
-                                 : ptx::ex2(fmaxf(bound2, old) - reference);
+    const float least = kBounded
+                            ? fmaxf(ptx::ex2(bound2 - reference), s.sum[group][row] * rescale())
+                            : ptx::ex2(fmaxf(bound2, s.max[group][row]) - reference);
     const float gate = least * ptx::ex2(log2_eps - kBoundMargin);
     part = {};
     open = 0;
@@ -87,20 +84,19 @@ __device__ __forceinline__ void fold_row(const float (&acc)[kElements], int h,
       if (kTraining && __any_sync(~0u, sum >= gate)) open |= 1u << g;
       part.sum += sum;
     };
-    const auto add = [&](auto capped) {
+    const auto add = [&](auto squares) {
 #pragma unroll
       for (int g = 0; g < kGates; ++g) {
-        const RowSums behind =
-            thread_sums<Columns, kMode == Mode::kMetrics, decltype(capped)::value>(
-                acc, h, reference, first_col, p.cols, g * kEach, (g + 1) * kEach);
+        const RowSums behind = thread_sums<kMode == Mode::kMetrics, decltype(squares)::value>(
+            acc, h, reference, g * kEach, (g + 1) * kEach);
         look_behind(g, behind.sum);
-        part.extra += behind.extra;
+        part.squares += behind.squares;
         part.weighted += behind.weighted;
       }
     };
-    if (more && want.capped) {
+    if (capped) {
       add(std::true_type());
-    } else if (more) {
+    } else if (weighted) {
       add(std::false_type());
     } else {
 #pragma unroll
@@ -109,33 +105,38 @@ __device__ __forceinline__ void fold_row(const float (&acc)[kElements], int h,
     }
     part.sum = quad_sum(part.sum);
     if constexpr (!kBounded) break;
-    const bool beyond = !(part.sum < kMostSum);  // or no number
+    const bool beyond = !(part.sum < kMostSum) || max == -INFINITY;  // or no number; or no bound
     if (again || !__any_sync(~0u, beyond)) break;
     const float largest = quad_max(thread_max(acc, h)) * scale;
     if (beyond) max = fmaxf(max, largest);
   }
-  if (more) {
-    float extra = quad_sum(part.extra);
+  const float factor = rescale();
+  const bool higher = max > s.max[group][row];
+  __syncwarp();  // the whole quad has read the state before one lane writes it
+  if (capped) {
     // Σ w softcap'(z), of 1 - (z / softcap)².
-    if (want.capped) extra = fmaf(-p.inv_softcap * p.inv_softcap, extra, part.sum);
-    if (writer) s.extra[group][row] = s.extra[group][row] * (want.capped ? rescale : 1.0f) + extra;
+    const float slopes = fmaf(-p.inv_softcap * p.inv_softcap, quad_sum(part.squares), part.sum);
+    if (writer) s.extra[group][row] = s.extra[group][row] * factor + slopes;
+  } else if (kMode != Mode::kPlain && want.logit_sum) {
+    const float sum = quad_sum(thread_logit_sum<Columns>(acc, h, first_col, p.cols));
+    if (writer) s.extra[group][row] += sum;
   }
-  if (kMode == Mode::kMetrics && want.weighted) {
+  if (weighted) {
     const int at = quad_min(thread_find<Columns>(acc, h, first_col, top));
-    if (writer && max > old) s.argmax[group][row] = at;
-    const float weighted = quad_sum(part.weighted);
-    if (writer) s.weighted[group][row] = s.weighted[group][row] * rescale + weighted;
+    if (writer && higher) s.argmax[group][row] = at;
+    const float sum = quad_sum(part.weighted);
+    if (writer) s.weighted[group][row] = s.weighted[group][row] * factor + sum;
   }
   if (writer) {
     s.max[group][row] = max;
-    s.sum[group][row] = s.sum[group][row] * rescale + part.sum;
+    s.sum[group][row] = s.sum[group][row] * factor + part.sum;
   }
   if constexpr (kTraining) {
     if (open == 0) return;
-    // Never -inf: absent columns are.
+    __syncwarp();
     const float seen =
-        kBounded ? reference + ptx::lg2(before * rescale + part.sum) - kBoundMargin : max;
-    const float cut = fmaxf(fmaxf(bound2, seen) + log2_eps, -FLT_MAX);
+        kBounded ? finite_reference(max) + ptx::lg2(s.sum[group][row]) - kBoundMargin : max;
+    const float cut = fmaxf(fmaxf(bound2, seen) + log2_eps, kLeastCut);
     const float to_logit = kMode == Mode::kPlain ? scale * kLn2 : 1.0f;
     emit_candidates<Columns>(acc, h, cut * ptx::rcp(scale), to_logit, launch_col + first_col, row,
                              open, sink);

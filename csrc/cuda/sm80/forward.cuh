@@ -68,7 +68,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
 #pragma unroll
     for (int m = 0; m < Config::kMmaM; ++m) {
       if constexpr (kMode != Mode::kPlain) {
-        make_logits<Columns, true>(acc[m], logits, first, -INFINITY);
+        make_logits<Columns, true>(acc[m], logits, first, absent_logit(logits));
       } else if (ragged) {
         mask_columns<Columns>(acc[m], first, logits.cols, -INFINITY);
       }

@@ -19,9 +19,7 @@ namespace cce::cuda::sm90 {
 using States = RowStates<1, Config::kBlockM>;
 
 constexpr int kBufferedCandidates = 768;  // a warp
-// Stretches of a thread's columns that a vote passes over where no lane has a candidate; as many as registers allow.
-template <Mode kMode>
-constexpr int kGates = kMode == Mode::kPlain ? 4 : 2;
+constexpr int kGates = 4;                 // a vote passes over a quarter of a thread's columns
 using Buffers = CandidateBuffers<4, kBufferedCandidates>;
 
 constexpr int kStatesAt = Config::kPipelineBytes + Config::kBarrierBytes;
@@ -49,8 +47,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
     if (kTraining && threadIdx.x < 4) buffers.count[threadIdx.x] = 0;
   };
   const float scale = kMode != Mode::kPlain ? kLog2E : logits.logit_scale * kLog2E;
-  using Sink = CandidateSink<4, kBufferedCandidates, kGates<kMode>,
-                             Config::kAccumulators / 4 / kGates<kMode>>;
+  using Sink = CandidateSink<4, kBufferedCandidates, kGates, Config::kAccumulators / 4 / kGates>;
 
   const auto epilogue = [&](float (&acc)[Config::kMmaM][Config::kAccumulators], const Cursor& at) {
     if (!at.tile_exists()) return;
@@ -69,7 +66,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
 #pragma unroll 1
     for (int m = 0; m < Config::kMmaM; ++m) {
       if constexpr (kMode != Mode::kPlain) {
-        make_logits<PairedColumns, false>(acc[0], logits, first, -INFINITY);
+        make_logits<PairedColumns, false>(acc[0], logits, first, absent_logit(logits));
       } else if (ragged) {
         mask_columns<PairedColumns>(acc[0], first, logits.cols, -INFINITY);
       }
