@@ -394,6 +394,17 @@ def test_the_tilt_leaves_every_mass_alone() -> None:
     assert (tail.tilt(level, known, tail.Rows(classes, mass, sample)).abs() <= 1e-15).all()
 
 
+def test_masked_ids_tilt_nothing() -> None:
+    """Where nothing is dropped the id 0 stands for all, and a bias of -inf may mask it."""
+    n, count = 20, 40
+    known = tail.tilt_ids(torch.zeros(tail.CLASSES, 2 * tail.GROUP, dtype=F64), count)
+    mass = torch.full((n, 2), 1e-9, dtype=F64)  # left by rounding
+    sample = tail.draw_rows(torch.ones(n, dtype=F64), torch.ones(n, dtype=torch.bool), 10)
+    rows = tail.Rows(torch.zeros(n, dtype=torch.long), mass, sample)
+    masked = torch.full((n, count), -torch.inf, dtype=F64)
+    assert (tail.tilt(masked, known, rows) == 0).all()
+
+
 def test_which_calls_are_refused() -> None:
     c, plain = torch.empty(20000, 64), LossOptions()
     assert refusal(c, 100, plain, EPS) == ""

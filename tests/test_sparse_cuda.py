@@ -89,6 +89,12 @@ def test_overflowing_lists_go_the_exact_way(monkeypatch: pytest.MonkeyPatch) -> 
     assert error(got["c"], exact.dc) <= error(sparse["c"], exact.dc) + 1e-3
     assert error(got["bias"], exact.dbias) < 5e-3
     assert error(got["lora_b"], exact.dlora_b) < 1e-2
+    # What is counted stops at the pool, whenever it was noticed to be full.
+    facts = diagnostics()
+    assert facts["candidates"] <= facts["row_blocks"] * 64 * 128
+    for name, x in problem.gradients().items():
+        assert torch.equal(x, got[name]), name
+    assert diagnostics() == facts
     monkeypatch.undo()
     monkeypatch.setattr(sparse_forward, "kept_capacity", lambda n, v, eps: 30000)
     got = problem.gradients()
@@ -267,30 +273,63 @@ def test_nan_and_inf_reach_loss_and_gradients() -> None:
         assert torch.isnan(got["c"]).any()
 
 
-@pytest.mark.parametrize("rest", [-torch.inf, 0.0])
-@pytest.mark.parametrize("softcap", [None, 30.0])
-def test_rows_whose_mass_the_sample_does_not_see(rest: float, softcap: float | None) -> None:
-    """All of it is in three ids that are neither targets nor, most likely, among the sampled ones:
-    far below the others' -inf, or far above them."""
+@pytest.mark.parametrize(
+    ("heavy", "rest", "options"),
+    [
+        (-700.0, -torch.inf, {}),
+        (700.0, 0.0, {}),
+        (700.0, 0.0, {"label_smoothing": 0.1}),
+        (60.0, -60.0, {"softcap": 60.0}),  # capped they are 46 and -46
+    ],
+    ids=["no bound", "far above", "far above, smoothed", "far above, capped"],
+)
+def test_rows_whose_mass_the_bound_does_not_see(
+    heavy: float, rest: float, options: dict[str, float]
+) -> None:
+    """All of it is in three ids that are neither targets nor sampled. The sample's logits are all
+    -inf, or so far below that the exponentials beside the bound leave float's range."""
+    g = torch.Generator("cuda").manual_seed(0)
     n, v, d = 200, 20001, 64
-    e = torch.randn(n, d, device="cuda", dtype=BF16)
-    c = torch.randn(v, d, device="cuda", dtype=BF16) * 0.05
+    e = torch.randn(n, d, device="cuda", generator=g).to(BF16).requires_grad_()
+    c = (torch.randn(v, d, device="cuda", generator=g) * 0.05).to(BF16).requires_grad_()
     bias = torch.full((v,), rest, device="cuda")
-    bias[[7001, 12347, 20000]] = -700.0 if rest else 700.0
+    bias[[7001, 12347, 20000]] = heavy
     t = torch.full((n,), 5, device="cuda")
-    leaves = [x.requires_grad_() for x in (e, c)]
     nll, lse = linear_cross_entropy(
-        *leaves, t, bias=bias, softcap=softcap, reduction="none", return_lse=True
+        e, c, t, bias=bias, reduction="none", return_lse=True, **options
     )
-    got = (nll, lse, *torch.autograd.grad(nll.sum(), leaves))
-    exact = [x.detach().double().requires_grad_() for x in leaves]
+    got = torch.autograd.grad(nll.sum(), (e, c))
+    assert diagnostics()["exact_rows"] == 0
+    exact = [x.detach().double().requires_grad_() for x in (e, c)]
     logits = exact[0] @ exact[1].T + bias.double()
-    if softcap is not None:
+    if softcap := options.get("softcap"):
         logits = softcap * torch.tanh(logits / softcap)
-    nll, lse = torch.nn.functional.cross_entropy(logits, t, reduction="none"), logits.logsumexp(1)
-    expected = (nll, lse, *torch.autograd.grad(nll.sum(), exact))
-    for x, y in zip(got, expected, strict=True):
-        torch.testing.assert_close(x.double(), y, rtol=2e-2, atol=2e-2)
+    smoothing = options.get("label_smoothing", 0.0)
+    expected = torch.nn.functional.cross_entropy(
+        logits, t, reduction="none", label_smoothing=smoothing
+    )
+    torch.testing.assert_close(nll.double(), expected, rtol=1e-5, atol=5e-3)
+    torch.testing.assert_close(lse.double(), logits.logsumexp(1), rtol=1e-5, atol=5e-3)
+    for x, y in zip(got, torch.autograd.grad(expected.sum(), exact), strict=True):
+        assert error(x, y) < 1e-2
+
+
+@pytest.mark.parametrize("v", [5001, 20001])
+@pytest.mark.parametrize("softcap", [None, 30.0])
+def test_the_most_likely_token_of_no_numbers_is_in_the_vocabulary(
+    v: int, softcap: float | None
+) -> None:
+    """The last tile's columns beyond the vocabulary are none of its tokens."""
+    g = torch.Generator("cuda").manual_seed(0)
+    e = torch.randn(40, 64, device="cuda", generator=g).to(BF16)
+    e[7] = torch.nan
+    c = torch.randn(v, 64, device="cuda", generator=g).to(BF16)
+    t = torch.arange(40, device="cuda")
+    for leaf in (e, e.clone().requires_grad_()):
+        _, metrics = linear_cross_entropy(leaf, c, t, softcap=softcap, return_metrics=True)
+        assert 0 <= metrics.argmax[7] < v
+        expected = (e.double() @ c.double().T).argmax(1)
+        assert torch.equal(metrics.argmax[:7], expected[:7])
 
 
 def test_ignored_rows_are_exactly_zero() -> None:

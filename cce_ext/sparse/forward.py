@@ -104,7 +104,7 @@ class Found(NamedTuple):
     """What that pass leaves for later, when the lse is final. B blocks of 128 rows."""
 
     # By split of the vocabulary and position in the row order:
-    max_sum: Tensor  # (splits, N, 2): the largest logit (base 2), Σ exp below it
+    max_sum: Tensor  # (splits, N, 2): a reference near the lse (base 2), Σ exp beside it
     capped: Tensor  # (splits, N): the same sum with softcap'; empty without
     # Of the sample of rows:
     sample: Tensor  # (S,) int64: row numbers

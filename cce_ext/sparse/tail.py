@@ -216,7 +216,7 @@ def tilt(z: Tensor, known: TiltIds, rows: Rows) -> Tensor:
     member = one_hot(classes[sampled], CLASSES, z.dtype) * (weight * row_mass[sampled])[:, None]
     member = member + SHARED * member.sum(1, keepdim=True)
     mean = member.T @ z[sampled] / member.sum(0)[:, None].clamp(min=_NOTHING)
-    x = z - mean[classes]
+    x = torch.where(z == -torch.inf, 0, z - mean[classes])  # masked ids are above no mean
     count = known.first.diff()
     place = torch.repeat_interleave(count)  # the group of each
     share = mass[:, place] / count[place]

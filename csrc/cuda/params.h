@@ -44,9 +44,10 @@ struct Head {
   core::LossOptions options;
 };
 
-// Per-row partial results of one vocabulary split, arrays (splits, N), indexed by position in the row order.
+// Per-row partial results of one vocabulary split, arrays (splits, N), indexed by position in the row order. max: of the split's
+// logits the largest one, base 2, or in training another reference near the lse.
 struct Partials {
-  float2* max_sum = nullptr;   // base 2: lse = (max + log2(sum)) ln 2
+  float2* max_sum = nullptr;   // lse = (max + log2(sum)) ln 2
   float* logit_sum = nullptr;  // Σ z, null unless label smoothing
   float* weighted = nullptr;   // Σ 2^(z log2(e) - max) z, null unless metrics
   int32_t* argmax = nullptr;   // shard-local id, null unless metrics

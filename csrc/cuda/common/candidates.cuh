@@ -10,8 +10,8 @@
 namespace cce::cuda {
 
 // What an entry's share must reach, base 2. Nothing does in a row block that has had more candidates than its pool holds: it
-// goes the exact way, whatever else is found. Flat rows are such, and looking on would cost them a twentieth of the pass. count:
-// rows that count; a group's last row blocks may have none.
+// goes the exact way, whatever else is found. Flat rows are such, and looking on would cost them up to a twentieth of the
+// pass. count: rows that count; a group's last row blocks may have none.
 __device__ __forceinline__ float least_share(const Candidates& to, int row_block, int count) {
   const bool exists = row_block * kRowBlock < count;
   if (!exists || ptx::counter_read(to.counts + row_block) > to.capacity) return INFINITY;

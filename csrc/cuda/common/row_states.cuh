@@ -44,7 +44,7 @@ constexpr float kLeastCut = 0.5f * kAbsentCapped;
 
 // Folds a row of a tile (already masked) into its state. h: which row of the pair; scale: base-2 logits are scale * acc.
 // In training, bound2: its row_bound; sink: where candidates go. There the reference of the exponentials is not the largest
-// logit so far but the bound, so that no pass looks for the tile's maximum (unless metrics want it); nor is one needed to
+// logit so far but the bound, so that no pass looks for the tile's maximum (but in Mode::kMetrics); nor is one needed to
 // find candidates: columns behind a gate that add up to less than the threshold have none. Should a row lie so far above
 // its bound that a sum leaves float's range, its reference becomes the tile's maximum, and the sums are made again.
 template <Mode kMode, bool kTraining, typename Columns, int kElements, int kGroups, int kBlockM,
@@ -62,6 +62,7 @@ __device__ __forceinline__ void fold_row(const float (&acc)[kElements], int h,
     max = fmaxf(s.max[group][row], bound2);
   } else {
     top = quad_max(thread_max(acc, h));
+    if (top == absent_logit(p)) top = -INFINITY;  // of those that exist, none is a number
     max = fmaxf(s.max[group][row], top * scale);
   }
   const bool capped = kMode != Mode::kPlain && want.capped;

@@ -162,6 +162,8 @@ __global__ void __launch_bounds__(32 * kRowWarps)
   const float* masses = p.mass + row * p.groups;
   const auto* means = reinterpret_cast<const float2*>(p.means + p.classes[row] * p.count);
   const Logit<T> logit(p);
+  // An id that a bias of -inf masks is above no mean, and in no tail.
+  const auto above = [](float z, float mean) { return z == -INFINITY ? 0.0f : z - mean; };
   constexpr int kInFlight = 4;
   for (int base = lane; base < p.count / 2; base += 32 * kInFlight) {
     Pair<T> product[kInFlight];
@@ -176,8 +178,8 @@ __global__ void __launch_bounds__(32 * kRowWarps)
     for (int i = 0; i < kInFlight; ++i) {
       const int j = base + 32 * i;
       if (j < p.count / 2)
-        reinterpret_cast<float2*>(x)[j] = {logit(product[i].x, 2 * j) - mean[i].x,
-                                           logit(product[i].y, 2 * j + 1) - mean[i].y};
+        reinterpret_cast<float2*>(x)[j] = {above(logit(product[i].x, 2 * j), mean[i].x),
+                                           above(logit(product[i].y, 2 * j + 1), mean[i].y)};
     }
   }
   __syncwarp();
