@@ -62,7 +62,8 @@ __device__ __forceinline__ void fold_row(const float (&acc)[kElements], int h,
     max = fmaxf(s.max[group][row], bound2);
   } else {
     top = quad_max(thread_max(acc, h));
-    if (top == absent_logit(p)) top = -INFINITY;  // of those that exist, none is a number
+    // Of the columns that exist none is a number.
+    if (p.softcap != 0.0f && top == kAbsentCapped) top = -INFINITY;
     max = fmaxf(s.max[group][row], top * scale);
   }
   const bool capped = kMode != Mode::kPlain && want.capped;
