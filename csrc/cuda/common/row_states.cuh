@@ -62,8 +62,9 @@ __device__ __forceinline__ void fold_row(const float (&acc)[kElements], int h,
     max = fmaxf(s.max[group][row], bound2);
   } else {
     top = quad_max(thread_max(acc, h));
-    // Of the columns that exist none is a number.
-    if (p.softcap != 0.0f && top == kAbsentCapped) top = -INFINITY;
+    if constexpr (kMode == Mode::kMetrics) {  // Of the columns that exist none may be a number.
+      if (p.softcap != 0.0f && top == kAbsentCapped) top = -INFINITY;
+    }
     max = fmaxf(s.max[group][row], top * scale);
   }
   const bool capped = kMode != Mode::kPlain && want.capped;
