@@ -15,8 +15,9 @@ struct Config {
   // Of the blocks of a cluster that share a tile of C, or as twins one of E, each loads a part of its rows for all.
   static constexpr int kMostClusterBits = 2;
   static constexpr int kPipelineBytes = kStages * kStageBytes;
-  // And how the work is dealt out, and how far it has come (sm90/groups.cuh, pace.cuh).
-  static constexpr int kBarrierBytes = 8 * (2 * kStages + kConsumers) + 32;
+  // After the barriers: how the work is dealt out, and how far it has come (sm90/groups.cuh, pace.cuh).
+  static constexpr int kDealAt = kPipelineBytes + 8 * (2 * kStages + kConsumers);
+  static constexpr int kBarrierBytes = kDealAt - kPipelineBytes + 32;
   static constexpr int kAlignment = 1024;  // of a stage's tiles, for the 128-byte swizzle
   static_assert(kBytesA / 2 % kAlignment == 0 && (kBytesB >> kMostClusterBits) % kAlignment == 0);
 };

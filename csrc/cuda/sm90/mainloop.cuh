@@ -43,9 +43,8 @@
 namespace cce::cuda::sm90 {
 
 constexpr int kProductTurn = 1;
-// Where a block's Deal is, after the barriers; then comes the step that may begin.
-constexpr int kDealAt = Config::kPipelineBytes + 8 * (2 * Config::kStages + Config::kConsumers);
-static_assert(kDealAt + sizeof(Deal) + 4 <= Config::kPipelineBytes + Config::kBarrierBytes);
+// A block's Deal, then the step that may begin.
+static_assert(Config::kDealAt + sizeof(Deal) + 4 <= Config::kPipelineBytes + Config::kBarrierBytes);
 
 // The stage that a thread is at, and the parity of its barriers' phase.
 struct Ring {
@@ -75,7 +74,7 @@ struct Pipeline {
         full(base + Config::kPipelineBytes),
         empty(full + 8 * Config::kStages),
         epilogue(empty + 8 * Config::kStages),
-        pace(base + kDealAt + sizeof(Deal)),
+        pace(base + Config::kDealAt + sizeof(Deal)),
         slices_main((static_cast<int>(work.e.cols) + Config::kBlockK - 1) / Config::kBlockK),
         slices(slices_main +
                (static_cast<int>(work.u.cols) + Config::kBlockK - 1) / Config::kBlockK) {}
@@ -299,7 +298,7 @@ __device__ __forceinline__ void run_block(const GroupWork& work, const Maps& map
   const int row_blocks = (count + Config::kBlockM - 1) / Config::kBlockM;
   ptx::allow_next_grid();
   const bool all = count == work.e.rows, gather = !all && !work.compact;
-  Deal& deal = *reinterpret_cast<Deal*>(shared + kDealAt);
+  Deal& deal = *reinterpret_cast<Deal*>(shared + Config::kDealAt);
   if (threadIdx.x == 0) {
     init_barriers(pipe, work, gather);
     deal = work.deal(row_blocks);
