@@ -10,6 +10,8 @@ from torch import Tensor
 from bench.llm_data import llm_like
 from bench.timing import graph_of
 from cce_ext import diagnostics, eager, linear_cross_entropy
+from cce_ext.options import LossOptions
+from cce_ext.reference import logits
 from cce_ext.sparse import forward as sparse_forward
 from cce_ext.sparse import history
 from tests.sparse_cuda_problem import BF16, EPS, FP16, Problem, compare, error
@@ -301,15 +303,13 @@ def test_rows_whose_mass_the_bound_does_not_see(
     got = torch.autograd.grad(nll.sum(), (e, c))
     assert diagnostics()["exact_rows"] == 0
     exact = [x.detach().double().requires_grad_() for x in (e, c)]
-    logits = exact[0] @ exact[1].T + bias.double()
-    if softcap := options.get("softcap"):
-        logits = softcap * torch.tanh(logits / softcap)
-    smoothing = options.get("label_smoothing", 0.0)
+    loss_options = LossOptions(**options)
+    z = logits(*exact, bias, None, None, loss_options)
     expected = torch.nn.functional.cross_entropy(
-        logits, t, reduction="none", label_smoothing=smoothing
+        z, t, reduction="none", label_smoothing=loss_options.label_smoothing
     )
     torch.testing.assert_close(nll.double(), expected, rtol=1e-5, atol=5e-3)
-    torch.testing.assert_close(lse.double(), logits.logsumexp(1), rtol=1e-5, atol=5e-3)
+    torch.testing.assert_close(lse.double(), z.logsumexp(1), rtol=1e-5, atol=5e-3)
     for x, y in zip(got, torch.autograd.grad(expected.sum(), exact), strict=True):
         assert error(x, y) < 1e-2
 
