@@ -36,6 +36,8 @@ struct GroupWork : Work {  // the superblock in row blocks of a group
 
   // Pairs of a period; units, where they do not come in pairs.
   __host__ __device__ int period() const { return 2 * twins + singles; }
+  // Pairs of splits, an odd last one with one that has no tiles; splits, where units do not come in pairs.
+  __host__ __device__ int paired_splits() const { return ceil_ratio(splits, 1 << pair_bits); }
   __host__ __device__ Deal deal(int row_blocks) const {
     const Deal full = deal(row_blocks, false);
     if (pair_bits == 0 || splits % 2 == 0 || singles == 0) return full;
@@ -62,7 +64,7 @@ struct GroupWork : Work {  // the superblock in row blocks of a group
   __host__ __device__ Deal deal(int row_blocks, bool with_loose) const {
     Deal d;
     d.row_groups = ceil_ratio(row_blocks, 1 << group_bits);
-    d.splits = with_loose ? splits >> pair_bits : ceil_ratio(splits, 1 << pair_bits);
+    d.splits = with_loose ? splits >> pair_bits : paired_splits();
     d.pairs = d.row_groups * d.splits;
     d.loose = with_loose ? d.row_groups : 0;
     const int for_loose = d.loose > 0 ? ceil_ratio(d.loose, singles) : 0;

@@ -68,8 +68,8 @@ void choose_groups(Kernel kernel, int shared_bytes, GroupWork& work) {
   const int most =
       work.group_bits == Config::kMostClusterBits ? most_twins(kernel, shared_bytes) : 0;
   work.pair_bits = most > 0;
-  const int64_t pairs = int64_t{row_blocks_of(work, Config::kBlockM << work.group_bits)} *
-                        ((work.splits + work.pair_bits) >> work.pair_bits);
+  const int64_t pairs =
+      int64_t{row_blocks_of(work, Config::kBlockM << work.group_bits)} * work.paired_splits();
   work.twins = static_cast<int>(std::min<int64_t>(most, pairs));
   work.singles =
       most > 0 ? groups - 2 * work.twins : static_cast<int>(std::clamp<int64_t>(pairs, 1, groups));
