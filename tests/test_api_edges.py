@@ -212,9 +212,11 @@ def test_num_items() -> None:
 
 @pytest.mark.parametrize("impl", list(LinearCrossEntropyImpl))
 def test_every_implementation_gives_the_same_loss(impl: LinearCrossEntropyImpl) -> None:
+    device = "cpu"
     if impl is LinearCrossEntropyImpl.TRITON:
         pytest.importorskip("triton")
-    p = problem()
+        device = "cuda" if torch.cuda.is_available() else "cpu"  # interpreted
+    p = {name: x.to(device) for name, x in problem().items()}
     e = p["e"].requires_grad_()
     truth = linear_cross_entropy(**p, impl="reference", softcap=4.0)
     expected = torch.autograd.grad(truth, e)

@@ -19,6 +19,8 @@ from typing import Any
 
 import torch
 import transformers
+from accelerate import PartialState
+from accelerate.utils import parse_flag_from_env
 from transformers.trainer_utils import get_last_checkpoint
 
 from cce_ext.transformers import audit, cce_patch
@@ -70,8 +72,8 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def build_model(options: argparse.Namespace) -> torch.nn.Module:
-    """The model, with adapters if asked for, and patched."""
+def build_model(options: argparse.Namespace, device: torch.device) -> torch.nn.Module:
+    """The model on its device, with adapters if asked for, and patched."""
     auto = transformers.AutoModelForCausalLM
     if options.model:
         model = auto.from_pretrained(options.model, dtype=options.dtype)
@@ -79,6 +81,8 @@ def build_model(options: argparse.Namespace) -> torch.nn.Module:
         config = transformers.AutoConfig.from_pretrained(options.config)
         dtype = {} if options.dtype == "auto" else {"dtype": getattr(torch, options.dtype)}
         model = auto.from_config(config, **dtype)
+    # Before the adapters: PEFT ties those of tied layers by views, which a move takes apart.
+    model.to(device)
     if options.lora_rank:
         import peft
 
@@ -110,7 +114,8 @@ def training_arguments(options: argparse.Namespace) -> transformers.TrainingArgu
         warmup_steps=options.warmup,
         lr_scheduler_type="cosine",
         logging_steps=max(1, min(10, options.steps // 10)),
-        use_cpu=not torch.accelerator.is_available(),
+        # By itself the Trainer hears `accelerate launch --cpu` with several ranks alone.
+        use_cpu=not torch.accelerator.is_available() or parse_flag_from_env("ACCELERATE_USE_CPU"),
         bf16=options.bf16,
         gradient_checkpointing=options.checkpointing,
         eval_strategy="steps" if options.eval_every and options.eval_data else "no",
@@ -133,10 +138,11 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
         sources and load_blocks(sources, tokenizer, options.length, fields, options.split)
         for sources in (options.data, options.eval_data)
     )
-    model = build_model(options)
+    settings = training_arguments(options)
+    model = build_model(options, settings.device)
     trainer = transformers.Trainer(
         model,
-        training_arguments(options),
+        settings,
         train_dataset=train,
         eval_dataset=held_out,
         data_collator=transformers.default_data_collator,
@@ -144,7 +150,8 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
         callbacks=[Recorder()],
     )
     say = print if trainer.is_world_process_zero() else lambda *_: None
-    say(f"{len(train)} blocks of {options.length} tokens; loss: {audit(model)}")
+    where = f"{settings.device.type} x {settings.world_size}"
+    say(f"{len(train)} blocks of {options.length} tokens, {where}; loss: {audit(model)}")
     last = get_last_checkpoint(options.output) if options.output.is_dir() else None
     if last:
         say(f"going on from {last}")
@@ -158,3 +165,4 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
 
 if __name__ == "__main__":
     main()
+    PartialState().destroy_process_group()  # a rank that exits with one open may be aborted

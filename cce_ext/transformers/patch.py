@@ -36,6 +36,9 @@ logger = logging.getLogger(__name__)
 TransformersModelT = TypeVar("TransformersModelT", bound=nn.Module)
 
 _STATE = "_cce_state"  # the name of a model's _State among its attributes
+# Earlier compilers call the output layer's own forward while it is replaced, or fail when it is put back: there the
+# patched forward is left to Python, and what it calls is compiled.
+_TRACEABLE = torch.__version__ >= (2, 13)
 _MAPPINGS = ("MODEL_FOR_CAUSAL_LM_MAPPING_NAMES", "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES")
 
 
@@ -256,6 +259,8 @@ def _patched(patch: _Patch) -> Callable[..., Any]:
         _tell(self, state.stored)
         return original(self, *args, **kwargs)
 
+    if not _TRACEABLE:
+        forward = torch.compiler.disable(forward, recursive=False)
     forward.cce = patch
     patch.function = forward
     return forward
