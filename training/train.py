@@ -73,7 +73,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def build_model(options: argparse.Namespace, device: torch.device) -> torch.nn.Module:
-    """The model on its device, with adapters if asked for, and patched."""
+    """The model, with adapters if asked for, and patched; on its device, if its weights are not sharded."""
     auto = transformers.AutoModelForCausalLM
     if options.model:
         model = auto.from_pretrained(options.model, dtype=options.dtype)
@@ -81,8 +81,10 @@ def build_model(options: argparse.Namespace, device: torch.device) -> torch.nn.M
         config = transformers.AutoConfig.from_pretrained(options.config)
         dtype = {} if options.dtype == "auto" else {"dtype": getattr(torch, options.dtype)}
         model = auto.from_config(config, **dtype)
-    # Before the adapters: PEFT ties those of tied layers by views, which a move takes apart.
-    model.to(device)
+    # Before the adapters: PEFT ties those of tied layers by views, which a move takes apart. Who shards the weights
+    # moves them a part at a time, and takes the views apart as well.
+    if not any(parse_flag_from_env(f"ACCELERATE_USE_{who}") for who in ("FSDP", "DEEPSPEED")):
+        model.to(device)
     if options.lora_rank:
         import peft
 
