@@ -101,8 +101,12 @@ def small_call(model: Any) -> Iterator[dict[str, Tensor]]:
     if device.type == "meta":  # offloaded: accelerate's hooks move the inputs
         device = torch.device("cpu")
     tokens = _harmless_tokens(model).to(device)
-    with torch.no_grad(), torch.random.fork_rng([device] if device.type == "cuda" else []):
-        yield {"input_ids": tokens, "labels": tokens}
+    try:
+        with torch.no_grad(), torch.random.fork_rng([device] if device.type == "cuda" else []):
+            yield {"input_ids": tokens, "labels": tokens}
+    finally:
+        # Before PyTorch 2.11 autocast keeps weights that it cast without gradient for the calls that come.
+        torch.clear_autocast_cache()
 
 
 def watch(
