@@ -193,7 +193,9 @@ def forward_kernel(
         total = total * rescale + tl.sum(weight, 1)
         if argmax_ptr is not None:
             weighted = weighted * rescale + tl.sum(tl.where(weight > 0, weight * z, 0.0), 1)
-            argmax = tl.where(best > top, start + tl.argmax(z, 1), argmax)
+            # NaN is never the best; some interpreters refuse a row of nothing else.
+            place = tl.argmax(tl.where(z == z, z, float("-inf")), 1)
+            argmax = tl.where(best > top, start + place, argmax)
         top = new_top
 
     out = split.to(tl.int64) * n + rows
