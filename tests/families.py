@@ -125,7 +125,7 @@ def tiny_options(config: Any) -> dict[str, Any]:
     options: dict[str, Any] = {}
     for name, value in config.to_dict().items():
         part = config.__dict__.get(name)
-        if isinstance(part, transformers.PreTrainedConfig):
+        if isinstance(part, transformers.PretrainedConfig):
             options[name] = tiny_options(part) | {"model_type": part.model_type}
         elif name in SIZES and (value is None or isinstance(value, int)):
             if value is not None or name in EVEN_IF_NONE:

@@ -89,6 +89,8 @@ def build_model(options: argparse.Namespace, device: torch.device) -> torch.nn.M
         import peft
 
         targets = options.lora_targets
+        # A keyword that older versions of PEFT do not know.
+        tied = model.config.tie_word_embeddings and "lm_head" in targets
         config = peft.LoraConfig(
             task_type="CAUSAL_LM",
             r=options.lora_rank,
@@ -96,7 +98,7 @@ def build_model(options: argparse.Namespace, device: torch.device) -> torch.nn.M
             lora_dropout=options.lora_dropout,
             use_dora=options.dora,
             target_modules="all-linear" if targets == ["all-linear"] else targets,
-            ensure_weight_tying=model.config.tie_word_embeddings and "lm_head" in targets,
+            **({"ensure_weight_tying": True} if tied else {}),
         )
         model = peft.get_peft_model(model, config)
     return model if options.stored_logits else cce_patch(model, impl=options.impl)

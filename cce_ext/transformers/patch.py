@@ -96,7 +96,7 @@ class Audit(NamedTuple):
 
 
 def cce_patch(
-    model_type_or_model: str | transformers.PreTrainedConfig | TransformersModelT,
+    model_type_or_model: str | transformers.PretrainedConfig | TransformersModelT,
     impl: str | LinearCrossEntropyImpl = "cce",
     reduction: str = "mean",
     filter_eps: float | str | None = "auto",
