@@ -103,7 +103,7 @@ PEERS: dict[str, Loss] = {
 }
 METHODS = OWN | PEERS
 #: distribution and module of a peer that is a package
-_PACKAGES = {
+PACKAGES = {
     "cut-cross-entropy": "cut_cross_entropy",
     "cut-cross-entropy-exact": "cut_cross_entropy",
     "liger-kernel": "liger_kernel",
@@ -117,7 +117,7 @@ def installed() -> list[str]:
     found = list(OWN)
     if hasattr(torch.nn, "LinearCrossEntropyOptions"):
         found.append("torch_chunked")
-    return found + [name for name, module in _PACKAGES.items() if find_spec(module)]
+    return found + [name for name, module in PACKAGES.items() if find_spec(module)]
 
 
 def versions() -> dict[str, str]:

@@ -116,6 +116,8 @@ def test_quick_training_curves(tmp_path: Path) -> None:
         curve = list(run["held_out"].values())
         assert curve[-1] < curve[0] - 0.5, name
     assert facts["gaps"]["exact"] == [0.0]
+    # The default's gradient is another one, and hardly worse.
+    assert facts["runs"]["default"][0]["held_out"] != facts["runs"]["exact"][0]["held_out"]
     assert abs(facts["gaps"]["default"][0]) <= 0.003
 
 
